@@ -1,0 +1,5 @@
+"""All benchmarks: `make bench`."""
+
+from bench import steps
+
+steps.main([])

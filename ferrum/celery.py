@@ -1,0 +1,258 @@
+"""The Celery app: `celery -A ferrum worker`. Every step type is a task of it; each does one attempt and returns.
+
+A task never raises into its canvas: whatever happened is in the record, and the steps behind read it there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import redis
+from celery import Celery, Task
+from celery.exceptions import Ignore, Reject
+from kombu import Queue
+from kombu import __version__ as kombu_version
+from kombu.transport.redis import Channel
+from pydantic import JsonValue
+
+from ferrum.actors import LiveActors
+from ferrum.artifacts import Artifacts
+from ferrum.errors import AuthorError, NotFound, Unavailable
+from ferrum.executor import Executor, Outcome, Then
+from ferrum.governance.policy import load_policy
+from ferrum.local.redis import celery_url, running
+from ferrum.loop import LoopThread
+from ferrum.plan import Plan
+from ferrum.record import Record, base_of
+from ferrum.sending import send, start
+from ferrum.settings import settings
+from ferrum.steps import step_types
+from ferrum.worker import Pulse, install
+
+#: How long a worker's calls outlast a Redis that is away: a step that has acted must get its result recorded.
+_PATIENCE_S = 600
+
+
+def redis_url() -> str:
+    """Where Redis is: `FERRUM_REDIS_URL` or `REDIS_URL`, else the private one that runs here.
+
+    Raises `Unavailable` with what to do when there is none.
+    """
+    given = settings().redis_url
+    if given is not None:
+        return given.get_secret_value()
+    url = running(settings().home)
+    if url is None:
+        raise Unavailable(
+            "there is no Redis: set FERRUM_REDIS_URL, or start the one that ferrum brings with 'ferrum redis', "
+            "or let 'ferrum run' start it"
+        )
+    return url
+
+
+def _defaults() -> dict[str, Any]:
+    url = celery_url(redis_url())
+    return {"broker_url": url, "result_backend": url, "broker_read_url": url, "broker_write_url": url}
+
+
+# By `app.conf.update` nothing would be known before it is needed; like this, `ferrum plan` needs no Redis.
+app = Celery("ferrum", set_as_current=True)
+app.add_defaults(_defaults)
+app.config_from_object("celeryconfig")
+
+
+class _Process:
+    """What one process needs to run steps; made by the first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._executor: Executor | None = None
+        self._pulse: Pulse | None = None
+        self._actors: LiveActors | None = None
+        self._loop = LoopThread()
+        os.register_at_fork(after_in_child=self._forget)
+
+    def executor(self) -> Executor:
+        if self._executor is not None:
+            return self._executor
+        with self._lock:
+            if self._executor is None:
+                self._executor = self._make()
+            return self._executor
+
+    def _make(self) -> Executor:
+        config = settings()
+        record = Record(redis_url(), patience_s=_PATIENCE_S)
+        self._actors = LiveActors(config)
+        executor = Executor(
+            record=record,
+            artifacts=Artifacts.of(config),
+            policy=load_policy(config),
+            actors=self._actors,
+            loop=self._loop,
+            worker=worker_name(),
+            lease_s=config.lease,
+        )
+        self._pulse = Pulse(record, executor.holds, every_s=config.heartbeat, lease_s=config.lease)
+        self._pulse.start()
+        return executor
+
+    def stop(self) -> None:
+        """End what this process holds: sessions, connections, leases that need no repair."""
+        with self._lock:
+            executor, self._executor = self._executor, None
+            pulse, actors = self._pulse, self._actors
+        if executor is not None and pulse is not None and actors is not None:
+            self._loop.stop(actors.aclose())
+            pulse.stop()
+            executor.record.close_connections()
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._executor = self._pulse = self._actors = None
+
+
+def worker_name() -> str:
+    """This process, among all that ever run steps."""
+    return f"{socket.gethostname().replace(' ', '_')}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
+
+
+process = _Process()
+
+
+class StepTask(Task):  # type: ignore[misc] # Celery is untyped
+    """One attempt at one step."""
+
+    abstract = True
+    typing = False
+    trail = False
+    ignore_result = True
+    # Told to a worker's event dispatcher, which passes nothing on until Flower (or -E) asks it to.
+    send_events = True
+
+    def run(self, run_id: str, step_id: str) -> None:
+        try:
+            base_of(run_id)
+        except NotFound as error:
+            raise Ignore(str(error)) from None
+        try:
+            outcome = process.executor().attempt(run_id, step_id, self._signature)
+        except Unavailable as error:
+            # Whatever is away, a message that comes straight back would only ask it faster.
+            time.sleep(1)
+            raise Reject(str(error), requeue=True) from error
+        self._follow(outcome)
+
+    def _follow(self, outcome: Outcome) -> None:
+        if outcome.then is Then.WAIT:
+            self.send_event("task-waiting")
+        if outcome.then in (Then.WAIT, Then.DROP):
+            raise Ignore
+        if outcome.then is Then.RETURN:
+            raise Reject("this worker is stopping", requeue=True)
+        self.request.ferrum_held = outcome.held
+        if outcome.plan is not None:
+            heads = outcome.plan.starting_with(outcome.send.heads)
+            send(app, outcome.run_id, outcome.plan, heads, outcome.send.alone)
+
+    def after_return(self, status: str, *_: object) -> None:
+        held = getattr(self.request, "ferrum_held", None)
+        if held is None:
+            return
+        holds = process.executor().holds
+        if status == "SUCCESS":
+            # Celery has sent what follows on the canvas: until now a crash was to be repaired, from here on none is.
+            holds.release(held)
+        else:
+            # It could not be sent. The lease runs out, and the sweeper sends it.
+            holds.drop(held)
+
+    def _signature(self) -> str:
+        """This message, to be published again under the same task id when the step has waited."""
+        signature = self.signature_from_request(self.request)
+        signature.options.pop("expires", None)
+        return json.dumps(signature)
+
+
+for _type in step_types().values():
+    app.register_task(type(f"{_type.name.title()}Step", (StepTask,), {"name": f"ferrum.{_type.name}"})())
+
+
+@app.task(name="ferrum.run", bind=True, ignore_result=False, typing=False, send_events=True)  # type: ignore[untyped-decorator]
+def run(
+    self: Any,
+    workflow: dict[str, object] | None = None,
+    input: dict[str, JsonValue] | None = None,
+    key: str | None = None,
+    **unknown: object,
+) -> Any:
+    """Start a run; the result is `{"run_id": …}`, or `{"error": …}` for what cannot be started.
+
+    Without a `key` the message's task id is the key, so that a message that is delivered twice starts one run.
+    """
+    if workflow is None or unknown:
+        what = "'workflow' is missing" if workflow is None else f"{', '.join(map(repr, unknown))} is not known"
+        return {"error": f"{what}: ferrum.run takes workflow, input and key, by name"}
+    executor = process.executor()
+    try:
+        plan = Plan.of(workflow)
+        run_id = start(app, executor.record, executor.artifacts, plan, input or {}, key=str(key or self.request.id))
+    except AuthorError as error:
+        return {"error": str(error)}
+    return {"run_id": run_id}
+
+
+_queues = ["ferrum", *(kind.queue for kind in step_types().values())]
+app.conf.task_queues = [Queue(name, routing_key=name) for name in _queues]
+install(app, process)
+
+
+def _mend_kombu(channel: type[Channel]) -> None:
+    """Kombu 5.7.0 dies with an AttributeError instead of reconnecting when Redis goes away while late acks are due.
+
+    A channel whose connection was collapsed has no client any more; said as the connection error that it is, the
+    worker reconnects.
+    """
+    if not re.match(r"5\.7\.0\b", kombu_version):
+        return
+    original: Callable[..., Any] = channel._connparams
+
+    def _connparams(self: Any, asynchronous: bool = False) -> Any:
+        if self.connection is None or self.connection.client is None:
+            raise redis.exceptions.ConnectionError("the broker connection was closed")
+        return original(self, asynchronous)
+
+    channel._connparams = _connparams
+
+
+def _lighten_kombu(channel: type[Channel]) -> None:
+    """Kombu makes a Redis client, with its table of 200 callbacks, for every message that it sends or acknowledges.
+
+    One per connection pool does: a client over a pool is safe to share between threads. It was an eighth of a worker's
+    time.
+    """
+    if not kombu_version.startswith("5.7."):
+        return
+    original: Callable[..., Any] = channel._create_client
+
+    def _create_client(self: Any, asynchronous: bool = False) -> Any:
+        if asynchronous:
+            return original(self, asynchronous)
+        kept = self.__dict__.get("_ferrum_client")
+        if kept is None or kept.connection_pool is not self.pool:
+            kept = self.__dict__["_ferrum_client"] = original(self)
+        return kept
+
+    channel._create_client = _create_client
+
+
+_mend_kombu(Channel)
+_lighten_kombu(Channel)

@@ -1,0 +1,67 @@
+-- ARGV: run, step, token, worker, lease ms.
+-- Returns {'run', plan, attempt, failed tries, verdict, bound, grants JSON, input, need, status, output, …},
+-- {'skipped', close, heads, alone}, {'pass'} (ended before; its canvas may go on), {'close', 1, {}, {}} (ended, but
+-- the run is not closed) or {'drop', why}.
+local step, token = ARGV[2], ARGV[3]
+local status, state = live(), load(step)
+if state.s == 'skipped' and state.k == token then
+  return status and conclude(node(step), state, true, 'skipped') or { 'skipped', 0, {}, {} }
+end
+if not status then return { 'drop', 'its run has ended' } end
+local here = node(step)
+if not here then return { 'drop', 'its run has no such step' } end
+
+if ENDED[state.s] then
+  if redis.call('HGET', run_key, 'left') == '0' then return { 'close', 1, {}, {} } end
+  for _, edge in ipairs(here.x) do
+    if edge[3] == 1 and load(edge[1]).s == 'pending' then return { 'pass' } end
+  end
+  return { 'drop', 'it ended before' }
+end
+local again = state.s == 'running' and state.k == token
+if state.s == 'waiting' then return { 'drop', 'it is waiting' } end
+if state.s == 'running' and not again and redis.call('ZSCORE', leases_key, member(step) .. ' ' .. state.k) then
+  return { 'drop', 'it is running' }
+end
+
+local needs, skipped = {}, 0
+if #here.n > 0 then needs = redis.call('HMGET', steps_key, unpack(here.n)) end
+for i = 1, #here.n do
+  local need = parse(needs[i])
+  if not ENDED[need.s] then return { 'drop', 'what it needs has not ended' } end
+  needs[i] = need
+  if need.s == 'failed' or need.c then state.c = state.c or need.c or here.n[i] end
+  if need.s == 'skipped' then skipped = skipped + 1 end
+end
+
+local waited = redis.call('ZSCORE', ready_key(here.q), member(step))
+if waited then
+  redis.call('ZREM', ready_key(here.q), member(step))
+  local mark = redis.call('HGET', marks_key, here.q)
+  if not mark or tonumber(waited) > tonumber(mark) then redis.call('HSET', marks_key, here.q, waited) end
+end
+if status == 'queued' then
+  redis.call('HSET', run_key, 'status', 'running', 'started', number(now))
+  emit('run.started', '', '{}')
+  start_clock()
+end
+if state.c then return skip(step, here, state, token, "'" .. state.c .. "' failed") end
+if skipped > 0 and skipped == #here.n then return skip(step, here, state, token, 'all that it needs was skipped') end
+
+if not again then
+  if state.same then state.same = nil else state.a = state.a + 1 end
+  state.s, state.k, state.w, state.t, state.q = 'running', token, ARGV[4], now, nil
+  save(step, state)
+  emit('step.started', step, '{"attempt":' .. state.a .. ',"worker":' .. cjson.encode(ARGV[4]) .. '}')
+end
+redis.call('ZADD', leases_key, number(now + ARGV[5]), member(step) .. ' ' .. token)
+
+local reply = { 'run', redis.call('HGET', run_key, 'plan'), state.a, state.f or 0, state.v or '', state.b or '',
+  state.g and cjson.encode(state.g) or '[]', '' }
+if here.i == 1 then reply[8] = carried(redis.call('HGET', run_key, 'input')) end
+for i = 1, #here.n do
+  reply[#reply + 1] = here.n[i]
+  reply[#reply + 1] = needs[i].s
+  reply[#reply + 1] = needs[i].s == 'completed' and carried(needs[i].e) or ''
+end
+return reply

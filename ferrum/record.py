@@ -1,0 +1,715 @@
+"""The run record in Redis: the truth about every run. The only room that knows Redis keys.
+
+Each change is one Lua script and one round trip (`ferrum/lua/`), an atomic compare-and-set that also adds usage,
+appends the event and answers what the caller needs. A claim hands out a token; whatever is later said with a token
+that is no longer current is refused, and whatever is said twice with the same one is answered the same, so every
+call may be repeated when its answer was lost on the way.
+
+Keys, all under `ferrum:{pNN}` where NN is the run's partition:
+
+    :run:<run>      hash    status, plan, budget, usage, counters
+    :steps:<run>    hash    one JSON object per touched step (see lib.lua)
+    :events:<run>   stream  what happened; holds inputs and outputs
+    :parked:<run>   hash    signatures of waiting steps
+    :plan:<sha256>  hash    one JSON object per step, and the workflow itself
+    :leases :timers :asks :ready:<queue>   sorted sets of `run step`, by time
+    :marks          hash    per queue, when the youngest claimed step had become ready
+    :runs           sorted set of runs, by creation
+    :live           set of the runs that have not ended
+    :key:<key>      the run that an idempotency key started
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from hashlib import sha1
+from importlib import resources
+from typing import Any, TypeVar, cast
+from zlib import crc32
+
+import redis
+from redis.backoff import NoBackoff
+from redis.client import Pipeline
+from redis.retry import Retry
+from ulid import ULID
+
+from ferrum.errors import Conflict, NotFound, Unavailable
+from ferrum.events import Event, RunEnded, RunState, fold, read
+from ferrum.governance.budget import counters
+from ferrum.results import RunStatus, StepStatus, Usage
+
+#: Fixed: a run's partition is part of its id, and every process must agree on it.
+PARTITIONS = 16
+#: The same idempotency key starts one run within this time.
+KEY_LIFE_S = 86400
+#: A step that took so many workers with it is not given to another.
+MAX_LOST = 8
+#: The most of each kind that one sweep of one partition repairs.
+SWEEP_BATCH = 200
+
+#: How long one blocking read waits; a run that is gone is noticed this late.
+_BLOCK_S = 2.0
+
+#: Redis is away, full, or for the moment not the one that takes writes: each passes.
+_NOT_NOW = (
+    redis.exceptions.ConnectionError,
+    redis.exceptions.TimeoutError,
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.ReadOnlyError,
+)
+
+_CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+_T = TypeVar("_T")
+
+
+def new_run_id(key: str | None = None) -> str:
+    """`run_` and a ULID, whose last character says the partition; runs of one key share theirs."""
+    partition = crc32(key.encode()) % PARTITIONS if key else random.randrange(PARTITIONS)  # noqa: S311
+    # Not `ULID()`: it counts up within a millisecond, so two ids may differ in nothing but the last character.
+    fresh = ULID.from_bytes(round(time.time() * 1000).to_bytes(6, "big") + os.urandom(10))
+    return f"run_{str(fresh)[:-1]}{_CROCKFORD[partition + PARTITIONS * random.randrange(2)]}"  # noqa: S311
+
+
+def base_of(run_id: str) -> str:
+    """The start of every key of this run.
+
+    Raises `NotFound` for what cannot be a run's id.
+    """
+    place = _CROCKFORD.find(run_id[-1:])
+    if len(run_id) != 30 or not run_id.startswith("run_") or place < 0:
+        raise NotFound(f"{run_id!r} is not a run's id: they look like run_01JD3Y…, 30 characters")
+    return _base(place % PARTITIONS)
+
+
+@cache
+def _base(partition: int) -> str:
+    return f"ferrum:{{p{partition:02}}}"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What the record must know of one step of a plan."""
+
+    queue: str
+    #: The canvas that it belongs to.
+    segment: str
+    needs: tuple[str, ...]
+    #: What waits for it: step, how many needs that has, whether this step's canvas carries it, its queue and segment.
+    next: tuple[tuple[str, int, bool, str, str], ...]
+    #: Whether a claim must hand out the run's input.
+    wants_input: bool
+
+    def dumps(self) -> str:
+        edges = [[step, needs, int(canvas), queue, segment] for step, needs, canvas, queue, segment in self.next]
+        node = {"q": self.queue, "g": self.segment, "n": self.needs, "x": edges, "i": int(self.wants_input)}
+        return json.dumps(node, separators=(",", ":"))
+
+
+@dataclass(frozen=True, slots=True)
+class NewRun:
+    """All that the record needs to begin a run."""
+
+    run_id: str
+    key: str | None
+    #: sha256 of the plan, and how to make what is kept of it: the workflow as JSON, and its nodes.
+    plan: str
+    document: Callable[[], str]
+    nodes: Callable[[], Mapping[str, Node]]
+    steps: int
+    roots: tuple[tuple[str, str], ...]
+    workflow: str
+    version: str
+    #: Envelope.
+    input: str
+    has_outputs: bool
+    limits: Mapping[str, int]
+    wall_time_s: float | None
+    keep_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    status: StepStatus
+    #: Envelope; empty unless it completed.
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """This worker has the step now."""
+
+    plan: str
+    attempt: int
+    failed_tries: int
+    #: What a person decided, and the digest of the act that it was about.
+    verdict: Verdict | None
+    bound: str
+    #: Digests of the acts of this step that a person approved.
+    grants: frozenset[str]
+    #: Envelope; empty unless the step wants it.
+    input: str
+    needs: Mapping[str, Need]
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """This copy of the message has nothing to do, and neither has its canvas."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """The step ended before; its canvas may go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The step has ended: what its worker must send, since no canvas will."""
+
+    #: Steps that begin a segment, one for each.
+    heads: tuple[str, ...] = ()
+    #: Steps of a broken canvas.
+    alone: tuple[str, ...] = ()
+    #: Every step has ended: evaluate the run's outputs and close it.
+    close: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    approved: bool
+    by: str
+    note: str = ""
+    expired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Resend:
+    """A step that must be sent now."""
+
+    run_id: str
+    step_id: str
+    #: The signature it was parked with; empty: alone; `head`: the segment that it begins.
+    signature: str
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A claim that this process holds."""
+
+    run_id: str
+    step_id: str
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    run_id: str
+    status: RunStatus
+    plan: str
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Something that waits for a person."""
+
+    run_id: str
+    step_id: str
+    since: float
+
+
+class Lost(Exception):
+    """The claim is no longer held: the run ended, or the step was given to another worker."""
+
+
+class Over(Exception):
+    """The run ended, because an act would have passed a limit of its budget."""
+
+
+class _Script:
+    def __init__(self, name: str) -> None:
+        room = resources.files("ferrum") / "lua"
+        self.text = (room / "lib.lua").read_text() + (room / f"{name}.lua").read_text()
+        self.sha = sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+
+
+@cache
+def _script(name: str) -> _Script:
+    return _Script(name)
+
+
+def _wire(usage: Usage) -> dict[str, int]:
+    """Usage as the scripts add it up, zeros left out."""
+    return {name: amount for name, amount in counters(usage).items() if amount}
+
+
+def _dumps(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+class Record:
+    """The record, through one Redis client. Safe to share between threads."""
+
+    def __init__(self, url: str, *, patience_s: float = 5.0, connections: int = 256) -> None:
+        """`patience_s`: how long a call outlasts a Redis that is away before it raises `Unavailable`."""
+        self._redis = redis.Redis.from_url(
+            url, decode_responses=True, retry=Retry(NoBackoff(), 0), max_connections=connections, socket_timeout=30
+        )
+        self._patience_s = patience_s
+        self._forgotten_to: dict[int, int] = {}
+
+    def close_connections(self) -> None:
+        self._redis.close()
+        self._redis.connection_pool.disconnect()
+
+    # What a run goes through.
+
+    def create(self, run: NewRun) -> str:
+        """Begin a run; returns its id, or the id of the run that its key started first."""
+        limits = _dumps(dict(run.limits)) if run.limits else ""
+        wall = str(round(run.wall_time_s * 1000)) if run.wall_time_s is not None else ""
+        created = _dumps({"workflow": run.workflow, "version": run.version, "plan": run.plan})
+        keep_ms = round(run.keep_s * 1000)
+        arguments: list[str | int] = [
+            run.run_id, run.key or "", KEY_LIFE_S * 1000, run.plan, keep_ms, limits, wall, int(run.has_outputs),
+            run.steps, run.input, created, *(text for root in run.roots for text in root),
+        ]  # fmt: skip
+        reply = self._run("create", run.run_id, *arguments)
+        while reply[0] == "plan":
+            self._store_plan(run)
+            reply = self._run("create", run.run_id, *arguments)
+        return run.run_id if reply[0] == "new" else str(reply[1])
+
+    def _store_plan(self, run: NewRun) -> None:
+        fields = {step: node.dumps() for step, node in run.nodes().items()}
+        fields[" doc"] = run.document()
+        self._run("store_plan", run.run_id, run.run_id, run.plan, *(text for pair in fields.items() for text in pair))
+
+    def plan_document(self, run_id: str, plan: str) -> str:
+        """The workflow of a run, as it was when the run began, as JSON."""
+        text = self._patiently(lambda: self._redis.hget(f"{base_of(run_id)}:plan:{plan}", " doc"))
+        if text is None:
+            raise NotFound(f"the plan of run {run_id!r} is no longer kept")
+        return str(text)
+
+    def claim(self, held: Held, worker: str, lease_s: float) -> Claimed | Passed | Dropped | Ended:
+        """Take the step, if it may run now."""
+        reply = self._run("claim", held.run_id, held.run_id, held.step_id, held.token, worker, round(lease_s * 1000))
+        match reply[0]:
+            case "run":
+                return _claimed(reply)
+            case "pass":
+                return Passed()
+            case "drop":
+                return Dropped(str(reply[1]))
+            case _:
+                return _ended(reply)
+
+    def admit(
+        self, held: Held, act: int, data: Mapping[str, object], *, allowed: bool, wanted: Usage, spent: Usage
+    ) -> None:
+        """Keep the decision about the `act`-th act of this claim and reserve what it may use.
+
+        Raises `Over` when that would pass a limit, which ends the run, and `Lost`.
+        """
+        body = {**data, "usage": _wire(spent)}
+        reply = self._run(
+            "admit", held.run_id, held.run_id, held.step_id, held.token, act, int(allowed),
+            _dumps(_wire(wanted)), _dumps(_wire(spent)), _dumps(body),
+        )  # fmt: skip
+        if reply[0] == "over":
+            raise Over(str(reply[1]))
+        _held(reply)
+
+    def finish(
+        self,
+        held: Held,
+        status: StepStatus,
+        data: Mapping[str, object],
+        *,
+        output: str = "",
+        usage: Usage,
+        denied: str = "",
+    ) -> Ended:
+        """The step ended, with this status. Raises `Lost`."""
+        wire = _wire(usage)
+        body = {**data, "usage": wire} if wire else data
+        reply = self._run(
+            "finish", held.run_id, held.run_id, held.step_id, held.token, status.value, _dumps(body), output,
+            _dumps(wire), denied,
+        )  # fmt: skip
+        _held(reply)
+        return _ended(reply)
+
+    def park(
+        self, held: Held, kind: str, signature: str, data: Mapping[str, object], *,
+        wake_in_s: float | None, usage: Usage, bound: str = "",
+    ) -> None:  # fmt: skip
+        """The step leaves its worker to wait. Raises `Lost`."""
+        wire = _wire(usage)
+        wake = "" if wake_in_s is None else str(round(wake_in_s * 1000))
+        body = {**data, "kind": kind, "wakes_in": wake_in_s, "usage": wire}
+        _held(
+            self._run(
+                "park", held.run_id, held.run_id, held.step_id, held.token, kind, wake, signature, _dumps(body),
+                _dumps(wire), bound,
+            )
+        )  # fmt: skip
+
+    def hand_back(self, held: Held, worker: str, attempt: int, usage: Usage) -> None:
+        """A stopping worker gives the step back, to run again elsewhere. Raises `Lost`."""
+        wire = _wire(usage)
+        body = {"reason": "its worker is stopping", "worker": worker, "attempt": attempt, "usage": wire}
+        _held(self._run("hand_back", held.run_id, held.run_id, held.step_id, held.token, _dumps(wire), _dumps(body)))
+
+    def close(self, run_id: str, status: RunStatus, *, outputs: str = "", reason: str | None = None) -> None:
+        """End a run whose steps have all ended. Nothing happens to one that ended already."""
+        data = {"status": status.value} | ({"reason": reason} if reason else {})
+        self._run("close", run_id, run_id, status.value, _dumps(data), outputs)
+
+    # What people do to a run.
+
+    def decide(self, run_id: str, step_id: str, verdict: Verdict) -> Resend:
+        """Answer what waits for a person. Raises `NotFound`, and `Conflict` for a second answer."""
+        data = {"approved": verdict.approved, "by": verdict.by, "note": verdict.note}
+        # The time makes this answer ours: when the reply is lost and we ask again, we know it.
+        text = _dumps({**data, "at": time.time_ns()})
+        reply = self._run("decide", run_id, run_id, step_id, text, _dumps(data), int(verdict.approved))
+        if reply[0] == "ok":
+            return Resend(run_id, step_id, str(reply[1]))
+        state, first = str(reply[1]), str(reply[2])
+        if first == text:
+            return Resend(run_id, step_id, "")
+        if state == "missing":
+            raise NotFound(f"there is no run {run_id!r}; it may have been removed after its time")
+        if state == "no step":
+            raise NotFound(f"run {run_id!r} has no step {step_id!r}")
+        if first:
+            raise Conflict(f"{step_id!r} of run {run_id!r} {_said(first)}; a decision is final")
+        raise Conflict(f"{step_id!r} of run {run_id!r} waits for no decision: it is {state}")
+
+    def cancel(self, run_id: str, by: str, reason: str | None = None) -> None:
+        """End a run now. Raises `NotFound`, and `Conflict` for one that has ended."""
+        data = {"status": "cancelled", "by": by} | ({"reason": reason} if reason else {})
+        # The last argument makes this cancel ours: when the reply is lost and we ask again, the record knows it.
+        _live(run_id, self._run("cancel", run_id, run_id, _dumps(data), str(ULID())))
+
+    def nudge(self, run_id: str) -> list[Resend]:
+        """Wake what waits for its time and send again what is ready. Raises `NotFound` and `Conflict`."""
+        reply = self._run("nudge", run_id, run_id)
+        _live(run_id, reply)
+        return [Resend(run_id, str(reply[i]), str(reply[i + 1])) for i in range(1, len(reply), 2)]
+
+    # What keeps runs going.
+
+    def renew(self, held: Sequence[Held], lease_s: float) -> list[Held]:
+        """Renew these claims; returns those that are no longer held."""
+        lost: list[Held] = []
+        for base, group in _by_base(held).items():
+            names = [text for one in group for text in (one.run_id, one.step_id, one.token)]
+            numbers = self._eval("renew", base, "", round(lease_s * 1000), *names)
+            lost += [group[int(number)] for number in numbers]
+        return lost
+
+    def release(self, held: Sequence[Held]) -> None:
+        """What follows these steps was sent: their claims need no repair any more."""
+        pipe = self._redis.pipeline(transaction=False)
+        for base, group in _by_base(held).items():
+            pipe.zrem(f"{base}:leases", *(f"{one.run_id} {one.step_id} {one.token}" for one in group))
+        pipe.execute()
+
+    def sweep(self, queues: Mapping[str, bool], *, resend_after_s: float, reap: bool) -> list[Resend]:
+        """Repair every partition once: due timers, dead workers, lost messages.
+
+        `queues` says of each queue whether it is empty at the broker.
+        """
+        names = [text for queue, empty in queues.items() for text in (queue, str(int(empty)))]
+        arguments: list[str | int] = ["", int(reap), round(resend_after_s * 1000), MAX_LOST, SWEEP_BATCH, *names]
+        script = _script("sweep")
+
+        def ask(pipe: Pipeline) -> None:
+            for partition in range(PARTITIONS):
+                pipe.evalsha(script.sha, 1, _base(partition), *arguments)
+
+        try:
+            replies = self._at_once(ask)
+        except redis.exceptions.NoScriptError:
+            self._redis.script_load(script.text)
+            replies = self._at_once(ask)
+        return [Resend(*flat[i : i + 3]) for flat in replies for i in range(0, len(flat), 3)]
+
+    def alone(self, name: str, holder: str, for_s: float) -> bool:
+        """Whether this holder has the lock `name` now, for so long; holding it already renews it."""
+        key = f"ferrum:lock:{name}"
+        if self._redis.set(key, holder, nx=True, px=round(for_s * 1000)):
+            return True
+        if self._redis.get(key) != holder:
+            return False
+        self._redis.pexpire(key, round(for_s * 1000))
+        return True
+
+    def beat(self, worker: str, for_s: float) -> None:
+        """This worker is alive, for so long."""
+        now = time.time()
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.zadd("ferrum:workers", {worker: now + for_s})
+        pipe.zremrangebyscore("ferrum:workers", "-inf", now - 60)
+        pipe.execute()
+
+    def gone(self, worker: str) -> None:
+        self._redis.zrem("ferrum:workers", worker)
+
+    def workers(self) -> list[str]:
+        """The workers that are alive."""
+        found = self._patiently(lambda: self._redis.zrangebyscore("ferrum:workers", time.time(), "+inf"))
+        return [str(name) for name in cast("list[str]", found)]
+
+    def empty_queues(self, queues: Iterable[str]) -> dict[str, bool]:
+        """Whether each queue is empty at the broker."""
+        names = list(queues)
+        pipe = self._redis.pipeline(transaction=False)
+        for name in names:
+            pipe.llen(name)
+        return {name: length == 0 for name, length in zip(names, pipe.execute(), strict=True)}
+
+    # What can be seen.
+
+    def events(self, run_id: str, after: str = "0-0", *, block_s: float | None = None) -> list[Event]:
+        """The events after the one with id `after`; with `block_s`, waits so long for the first."""
+        entries = self._entries(f"{base_of(run_id)}:events:{run_id}", after, block_s)
+        return [read(run_id, event_id, fields) for event_id, fields in entries]
+
+    def _entries(self, key: str, after: str, block_s: float | None) -> list[tuple[str, dict[str, str]]]:
+        block = None if block_s is None else max(1, round(block_s * 1000))
+        reply: Any = self._patiently(lambda: self._redis.xread({key: after}, block=block))
+        if not reply:
+            return []
+        # redis-py answers in the shape of RESP2 or of RESP3.
+        entries: list[tuple[str, dict[str, str]]] = reply[0][1] if isinstance(reply, list) else reply[key][0]
+        return entries
+
+    def ending(self, run_id: str, timeout_s: float | None = None) -> RunEnded | None:
+        """The event that a run ended with, once it has; `None` after `timeout_s`. Raises `NotFound`."""
+        key = f"{base_of(run_id)}:events:{run_id}"
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        newest: Any = self._patiently(lambda: self._redis.xrevrange(key, count=1))
+        while True:
+            if not newest:
+                raise NotFound(f"there is no run {run_id!r}; it may have been removed after its time")
+            event_id, fields = newest[-1]
+            # Nothing comes after it, and no other event needs to be read to wait for it.
+            if fields["t"] == "run.ended":
+                return cast("RunEnded", read(run_id, event_id, fields))
+            left = _BLOCK_S if deadline is None else min(_BLOCK_S, deadline - time.monotonic())
+            if left <= 0:
+                return None
+            newest = self._entries(key, event_id, left) or [(event_id, fields)]
+
+    def state(self, run_id: str) -> RunState:
+        """What a run's events add up to. Raises `NotFound`."""
+        state = fold(self.events(run_id))
+        if not state.run_id:
+            raise NotFound(f"there is no run {run_id!r}; it may have been removed after its time")
+        return state
+
+    def status(self, run_id: str) -> RunStatus:
+        """Where the run stands. Raises `NotFound`."""
+        status = self._patiently(lambda: self._redis.hget(f"{base_of(run_id)}:run:{run_id}", "status"))
+        if status is None:
+            raise NotFound(f"there is no run {run_id!r}; it may have been removed after its time")
+        return RunStatus(str(status))
+
+    def plan_digest(self, run_id: str) -> str:
+        """sha256 of the plan that the run follows. Raises `NotFound`."""
+        digest = self._patiently(lambda: self._redis.hget(f"{base_of(run_id)}:run:{run_id}", "plan"))
+        if digest is None:
+            raise NotFound(f"there is no run {run_id!r}; it may have been removed after its time")
+        return str(digest)
+
+    def step_outputs(self, run_id: str, steps: Iterable[str]) -> dict[str, Need]:
+        """How these steps ended, and with what."""
+        names = list(steps)
+        if not names:
+            return {}
+        base = base_of(run_id)
+        raws = self._patiently(lambda: self._redis.hmget(f"{base}:steps:{run_id}", names))
+        found: dict[str, Any] = {
+            name: json.loads(raw) for name, raw in zip(names, cast("list[Any]", raws), strict=True) if raw
+        }
+
+        def ask(pipe: Pipeline) -> None:
+            for state in found.values():
+                pipe.xrange(f"{base}:events:{run_id}", state["e"], state["e"])
+
+        entries = self._patiently(lambda: self._at_once(ask))
+        return {
+            name: Need(StepStatus(state["s"]), entry[0][1].get("o", ""))
+            for (name, state), entry in zip(found.items(), entries, strict=True)
+        }
+
+    def input(self, run_id: str) -> str:
+        """The envelope of the run's input."""
+        base = base_of(run_id)
+        entries = self._patiently(lambda: self._redis.xrange(f"{base}:events:{run_id}", count=1))
+        return str(cast("Any", entries)[0][1]["o"])
+
+    def runs(self, *, limit: int = 50) -> list[Summary]:
+        """The newest runs, newest first; those whose time is over are dropped from the index on the way."""
+        found: list[Summary] = []
+        for partition in range(PARTITIONS):
+            found += self._runs_of(_base(partition), limit)
+        return sorted(found, key=lambda run: run.created_at, reverse=True)[:limit]
+
+    def _runs_of(self, base: str, limit: int) -> list[Summary]:
+        scored = self._patiently(lambda: self._redis.zrevrange(f"{base}:runs", 0, limit - 1, withscores=True))
+        pairs = cast("list[tuple[str, float]]", scored)
+
+        def ask(pipe: Pipeline) -> None:
+            for run_id, _ in pairs:
+                pipe.hmget(f"{base}:run:{run_id}", "status", "plan")
+
+        found: list[Summary] = []
+        replies = self._patiently(lambda: self._at_once(ask))
+        for (run_id, created_ms), (status, plan) in zip(pairs, replies, strict=True):
+            if status is None:
+                self._redis.zrem(f"{base}:runs", run_id)
+            else:
+                found.append(Summary(run_id, RunStatus(status), str(plan), created_ms / 1000))
+        return found
+
+    def forget_ended(self) -> None:
+        """Drop runs from the index where Redis has let go of them: a page of each partition, the next one next time."""
+        for partition in range(PARTITIONS):
+            base = _base(partition)
+            # Not the oldest: those may wait for a person for months, with the ended ones behind them.
+            found: Any = self._redis.zscan(f"{base}:runs", self._forgotten_to.get(partition, 0), count=2000)
+            cursor, page = found
+            self._forgotten_to[partition] = cursor
+            pipe = self._redis.pipeline(transaction=False)
+            for run_id, _ in page:
+                pipe.exists(f"{base}:run:{run_id}")
+            gone = [run_id for (run_id, _), there in zip(page, pipe.execute(), strict=True) if not there]
+            if gone:
+                self._redis.zrem(f"{base}:runs", *gone)
+
+    def any_live(self) -> bool:
+        """Whether any run has not ended."""
+
+        def count(pipe: Pipeline) -> None:
+            for partition in range(PARTITIONS):
+                pipe.scard(f"{_base(partition)}:live")
+
+        return any(self._patiently(lambda: self._at_once(count)))
+
+    def asked(self) -> list[Asked]:
+        """What waits for a person, oldest first."""
+        found: list[Asked] = []
+        for partition in range(PARTITIONS):
+            base = _base(partition)
+            scored = self._patiently(partial(self._redis.zrange, f"{base}:asks", 0, -1, withscores=True))
+            for name, since_ms in cast("list[tuple[str, float]]", scored):
+                run_id, _, step_id = name.partition(" ")
+                status = self._redis.hget(f"{base}:run:{run_id}", "status")
+                if status is None or RunStatus(str(status)).ended:
+                    self._redis.zrem(f"{base}:asks", name)
+                else:
+                    found.append(Asked(run_id, step_id, since_ms / 1000))
+        return sorted(found, key=lambda one: one.since)
+
+    # How it is asked.
+
+    def _run(self, name: str, run_id: str, *arguments: str | int) -> list[Any]:
+        return self._eval(name, base_of(run_id), *arguments)
+
+    def _eval(self, name: str, base: str, *arguments: str | int) -> list[Any]:
+        script = _script(name)
+
+        def once() -> list[Any]:
+            try:
+                return cast("list[Any]", self._redis.evalsha(script.sha, 1, base, *arguments))
+            except redis.exceptions.NoScriptError:
+                return cast("list[Any]", self._redis.eval(script.text, 1, base, *arguments))
+
+        return self._patiently(once)
+
+    def _at_once(self, fill: Callable[[Pipeline], None], *, transaction: bool = False) -> list[Any]:
+        """The replies to several commands. A pipeline that was executed is empty, so a new one is filled each time."""
+        pipe = self._redis.pipeline(transaction=transaction)
+        fill(pipe)
+        return pipe.execute()
+
+    def _patiently(self, call: Callable[[], _T]) -> _T:
+        deadline = 0.0
+        while True:
+            try:
+                return call()
+            except _NOT_NOW as error:
+                deadline = deadline or time.monotonic() + self._patience_s
+                if time.monotonic() >= deadline:
+                    raise Unavailable(
+                        f"Redis does not answer ({type(error).__name__}); is it running, and not full?"
+                    ) from error
+                time.sleep(random.uniform(0.05, 0.25))  # noqa: S311
+
+
+def _claimed(reply: list[Any]) -> Claimed:
+    _, plan, attempt, failed, verdict, bound, grants, run_input, *needs = reply
+    ends = {needs[i]: Need(StepStatus(needs[i + 1]), needs[i + 2]) for i in range(0, len(needs), 3)}
+    said = _verdict(verdict) if verdict else None
+    return Claimed(plan, attempt, failed, said, bound, frozenset(json.loads(grants)), run_input, ends)
+
+
+def _verdict(text: str) -> Verdict:
+    said = json.loads(text)
+    return Verdict(said["approved"], said["by"], said["note"], said.get("expired", False))
+
+
+def _said(text: str) -> str:
+    verdict = _verdict(text)
+    if verdict.expired:
+        return "was not decided in time"
+    return f"was {'approved' if verdict.approved else 'rejected'} by {verdict.by or 'someone'}"
+
+
+def _ended(reply: list[Any]) -> Ended:
+    return Ended(tuple(reply[2]), tuple(reply[3]), bool(reply[1]))
+
+
+def _held(reply: list[Any]) -> None:
+    if reply[0] == "stale":
+        raise Lost
+
+
+def _live(run_id: str, reply: list[Any]) -> None:
+    if reply[0] == "no":
+        if reply[1] == "missing":
+            raise NotFound(f"there is no run {run_id!r}; it may have been removed after its time")
+        raise Conflict(f"run {run_id!r} has ended: it is {reply[1]}, and that does not change")
+
+
+def _by_base(held: Iterable[Held]) -> dict[str, list[Held]]:
+    groups: dict[str, list[Held]] = {}
+    for one in held:
+        groups.setdefault(base_of(one.run_id), []).append(one)
+    return groups
+
+
+def follow(record: Record, run_id: str, after: str = "0-0") -> Iterator[Event]:
+    """The events of a run as they happen, until it ends. Raises `NotFound`."""
+    over = record.status(run_id).ended
+    while True:
+        events = record.events(run_id, after, block_s=None if over else 2.0)
+        for event in events:
+            yield event
+            after = event.id
+        if over or (events and events[-1].type == "run.ended"):
+            return
+        if not events:
+            over = record.status(run_id).ended

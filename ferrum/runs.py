@@ -1,0 +1,222 @@
+"""The front door: submit, wait, watch, decide, cancel, resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from os import PathLike
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+from ferrum.artifacts import Artifacts, Kept
+from ferrum.errors import FerrumError, NotFound
+from ferrum.events import Event, RunState
+from ferrum.plan import Plan
+from ferrum.record import Asked, Record, Resend, Verdict, follow
+from ferrum.results import RunStatus, StepResult, StepStatus, Usage
+from ferrum.sending import resend, start
+from ferrum.settings import settings
+from ferrum.workflow import Workflow
+
+
+class RunView(BaseModel):
+    """A run as people want to see it, with everything that large or hidden references stood for."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: str
+    workflow: str
+    version: str
+    status: RunStatus
+    #: Why it ended so; `None` for a run that completed or has not ended.
+    reason: str | None
+    input: JsonValue
+    outputs: JsonValue
+    usage: Usage
+    steps: tuple[StepResult, ...]
+    created_at: float | None
+    started_at: float | None
+    ended_at: float | None
+
+
+class Approval(BaseModel):
+    """Something that waits for a person."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: str
+    step_id: str
+    workflow: str
+    #: What the person is asked.
+    message: str
+    #: The act itself, as it would be sent, where the policy asks about one.
+    act: JsonValue
+    since: float
+
+
+class RunFailed(FerrumError):
+    """A run that was waited for ended without completing."""
+
+    def __init__(self, run_id: str, status: str, reason: str) -> None:
+        super().__init__(run_id, status, reason)
+        self.run_id = run_id
+        self.status = RunStatus(status)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"run {self.run_id!r} is {self.status}: {self.reason}"
+
+
+@cache
+def record() -> Record:
+    """The record of this process, as its front door uses it."""
+    from ferrum.celery import redis_url
+
+    return Record(redis_url(), patience_s=10)
+
+
+@cache
+def artifacts() -> Artifacts:
+    return Artifacts.of(settings())
+
+
+def submit(
+    workflow: Workflow | Mapping[str, object] | str | PathLike[str],
+    input: Mapping[str, JsonValue] | None = None,
+    *,
+    key: str | None = None,
+) -> str:
+    """Start a run and return its id at once.
+
+    `workflow` is a value, a mapping, or a file's path. It is planned before anything is sent, so a mistake raises
+    `WorkflowError` or `InputError` here and not in a worker. The same `key` within 24 h returns the run that it started
+    first.
+    """
+    from ferrum.celery import app
+
+    return start(app, record(), artifacts(), _planned(workflow), input or {}, key=key)
+
+
+def _planned(source: Workflow | Mapping[str, object] | str | PathLike[str]) -> Plan:
+    if isinstance(source, Mapping):
+        return Plan.of(source)
+    return Plan(source if isinstance(source, Workflow) else Workflow.load(source))
+
+
+def wait(run_id: str, *, timeout_s: float | None = None) -> JsonValue:
+    """The outputs of a run, once it has completed.
+
+    Raises `RunFailed` when it ended otherwise, `TimeoutError` after `timeout_s`, and `NotFound`.
+    """
+    end = record().ending(run_id, timeout_s)
+    if end is None:
+        raise TimeoutError(f"run {run_id!r} has not ended after {timeout_s:g} s")
+    if end.status is not RunStatus.COMPLETED:
+        raise RunFailed(run_id, end.status.value, end.reason or "")
+    return _opened(end.output, artifacts())
+
+
+def watch(run_id: str, *, after: str = "0-0") -> Iterator[Event]:
+    """The events of a run as they happen, until it ends; `after` is the id of the last one seen. Raises `NotFound`."""
+    return follow(record(), run_id, after)
+
+
+def plan_of(run_id: str) -> Plan:
+    """The plan that a run follows. Raises `NotFound`."""
+    return Plan.loads(record().plan_document(run_id, record().plan_digest(run_id)))
+
+
+def show(run_id: str) -> RunView:
+    """All that is known of a run. Raises `NotFound`."""
+    state = record().state(run_id)
+    return view_of(state, tuple(plan_of(run_id).steps), artifacts())
+
+
+def view_of(state: RunState, steps: Sequence[str], store: Artifacts) -> RunView:
+    def step(step_id: str) -> StepResult:
+        result = state.step(step_id)
+        if not result.status.ended and state.status.ended:
+            return result.model_copy(update={"status": StepStatus.CANCELLED})
+        return result.model_copy(update={"output": _opened(state.step_outputs.get(step_id), store)})
+
+    return RunView(
+        run_id=state.run_id,
+        workflow=state.workflow,
+        version=state.version,
+        status=state.status,
+        reason=state.reason,
+        input=_opened(state.input, store),
+        outputs=_opened(state.outputs, store),
+        usage=state.usage,
+        steps=tuple(step(step_id) for step_id in steps),
+        created_at=state.created_at,
+        started_at=state.started_at,
+        ended_at=state.ended_at,
+    )
+
+
+def _opened(envelope: str | None, store: Artifacts) -> JsonValue:
+    return store.resolve(Kept.loads(envelope)) if envelope else None
+
+
+def approvals() -> list[Approval]:
+    """What waits for a person, oldest first."""
+    return [found for one in record().asked() if (found := _approval(one))]
+
+
+def _approval(asked: Asked) -> Approval | None:
+    events = record().events(asked.run_id)
+    state = next((event for event in events if event.type == "run.created"), None)
+    asks = [event for event in events if event.type == "step.waiting" and event.step == asked.step_id]
+    if state is None or not asks:
+        return None
+    return Approval(
+        run_id=asked.run_id,
+        step_id=asked.step_id,
+        workflow=state.workflow,
+        message=asks[-1].message,
+        act=asks[-1].act,
+        since=asked.since,
+    )
+
+
+def decide(run_id: str, step_id: str | None = None, *, approved: bool, by: str, note: str = "") -> str:
+    """Answer what waits for a person; returns the step that was answered.
+
+    Without `step_id` it is the one that waits. Raises `NotFound`, and `Conflict` when it was answered before.
+    """
+    step = step_id or _one_that_waits(run_id)
+    what = record().decide(run_id, step, Verdict(approved, by, note))
+    _resend(what)
+    return step
+
+
+def _one_that_waits(run_id: str) -> str:
+    record().status(run_id)
+    waiting = [one.step_id for one in record().asked() if one.run_id == run_id]
+    if len(waiting) == 1:
+        return waiting[0]
+    if not waiting:
+        raise NotFound(f"nothing in run {run_id!r} waits for a person")
+    raise NotFound(f"several steps of run {run_id!r} wait for a person; say which: {', '.join(waiting)}")
+
+
+def cancel(run_id: str, *, by: str = "", reason: str | None = None) -> None:
+    """End a run now, whatever it is doing. Raises `NotFound`, and `Conflict` for one that has ended."""
+    record().cancel(run_id, by, reason)
+
+
+def resume(run_id: str) -> None:
+    """Let everything in a run that could go on go on now, instead of at its time.
+
+    Steps that wait to be tried again are tried, and what is ready is sent again. Raises `NotFound`, and `Conflict` for
+    a run that has ended.
+    """
+    for what in record().nudge(run_id):
+        _resend(what)
+
+
+def _resend(what: Resend) -> None:
+    from ferrum.celery import app
+
+    resend(app, plan_of(what.run_id), what)

@@ -1,0 +1,115 @@
+"""Every setting of ferrum, as one frozen value; the only reader of the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from ferrum.errors import SettingsError, did_you_mean
+
+#: Read by other parts of ferrum's own tool chain, not settings of a process.
+_MARKS = frozenset({"FERRUM_REQUIRE_SANDBOX"})
+
+#: An environment variable with one of these in its name holds a secret.
+_SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
+
+
+class Settings(BaseModel):
+    """The field `redis_url` is read from `FERRUM_REDIS_URL`, and so on. Times are in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    redis_url: SecretStr | None = Field(
+        None, description="Redis of the fleet; `REDIS_URL` is read too. Without it: the private one of `ferrum redis`."
+    )
+    home: Path = Field(
+        Path("~/.local/state/ferrum"), description="Where a private Redis and local artifacts keep their data."
+    )
+    artifacts: str | None = Field(
+        None,
+        description="Artifact store: `file:///path`, `s3://bucket/prefix`, `gs://…`, `az://…`. Default: under `home`.",
+    )
+    policy: Path | None = Field(
+        None, description="Policy file; default: `ferrum.policy.yaml` here, else all is denied."
+    )
+    servers: Path | None = Field(None, description="MCP servers file; default: `ferrum.servers.yaml` here, if any.")
+    mcp_servers: str | None = Field(None, description='MCP servers as JSON, `{"mcpServers": {…}}`; wins over the file.')
+    model: str | None = Field(
+        None, description="Model of `llm` steps that name none; else from the provider's key that is set."
+    )
+    prices: Path | None = Field(None, description="Price file: model to US dollars per million tokens, and aliases.")
+    imports: str = Field("", description="Modules with your own Celery tasks, comma separated.")
+    lease: float = Field(8.0, ge=1, description="A step whose worker was silent this long is given to another.")
+    heartbeat: float = Field(0.5, gt=0, description="How often a worker renews its leases and hears of cancelled runs.")
+    sweep: float = Field(0.5, gt=0, description="How often timers, dead workers and lost messages are looked for.")
+    resend_after: float = Field(
+        5.0,
+        gt=0,
+        description="A step that was ready this long and that no message can be on its way for is sent again.",
+    )
+    grace: float = Field(
+        10.0, ge=0, description="How long a stopping worker lets running steps finish before it hands them back."
+    )
+    keep_runs: float = Field(7 * 86400.0, gt=0, description="How long an ended run stays in Redis.")
+    exit_when_idle: float | None = Field(None, description="A worker stops itself after so long without a live run.")
+
+
+def read(environ: Mapping[str, str]) -> Settings:
+    """Settings from an environment.
+
+    Raises `SettingsError` for a `FERRUM_` variable that nothing reads and for a value that does not fit.
+    """
+    names = {f"FERRUM_{field.upper()}": field for field in Settings.model_fields}
+    values: dict[str, str] = {}
+    if url := environ.get("REDIS_URL"):
+        values["redis_url"] = url
+    for variable, text in environ.items():
+        if not variable.startswith("FERRUM_") or variable in _MARKS:
+            continue
+        if variable not in names:
+            raise SettingsError(f"{variable} is not a setting of ferrum{did_you_mean(variable, names)}")
+        if text:
+            values[names[variable]] = text
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        raise SettingsError(f"FERRUM_{str(first['loc'][0]).upper()}: {first['msg']}") from error
+    if settings.heartbeat * 3 > settings.lease:
+        raise SettingsError("FERRUM_LEASE must be at least three times FERRUM_HEARTBEAT, or one late beat loses a step")
+    return settings.model_copy(update={"home": settings.home.expanduser()})
+
+
+@cache
+def settings() -> Settings:
+    """The settings of this process, read once."""
+    return read(os.environ)
+
+
+def redact(text: str) -> str:
+    """`text` with every secret of this process's environment replaced by `***`.
+
+    A secret is the value, of eight characters or more, of a variable whose name says so, and the password in
+    the Redis URL.
+    """
+    for secret in _secrets():
+        text = text.replace(secret, "***")
+    return text
+
+
+@cache
+def _secrets() -> tuple[str, ...]:
+    found = {
+        value
+        for name, value in os.environ.items()
+        if len(value) >= 8 and any(word in name.upper() for word in _SECRET_WORDS)
+    }
+    for name in ("FERRUM_REDIS_URL", "REDIS_URL"):
+        credentials = os.environ.get(name, "").partition("://")[2].rpartition("@")[0]
+        if password := credentials.partition(":")[2]:
+            found.add(password)
+    return tuple(sorted(found, key=len, reverse=True))

@@ -1,0 +1,267 @@
+"""What runs beside the steps in a worker: the pulse that renews leases, the sweeper that repairs, the stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import redis
+from celery import Celery, bootsteps, signals
+from celery.worker.consumer import Tasks
+
+from ferrum.errors import NotFound, SettingsError, Unavailable
+from ferrum.executor import Executor, Holds
+from ferrum.record import Record
+from ferrum.sending import resend
+from ferrum.settings import Settings, settings
+from ferrum.steps import step_types
+
+log = logging.getLogger(__name__)
+
+_AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, Unavailable)
+
+#: What a `celeryconfig` must not take away: without these, a killed worker loses steps.
+_NEEDED = {
+    "task_acks_late": True,
+    "task_reject_on_worker_lost": True,
+    "worker_prefetch_multiplier": 1,
+    "worker_deduplicate_successful_tasks": False,
+    "worker_cancel_long_running_tasks_on_connection_loss": False,
+}
+
+
+class Process(Protocol):
+    def executor(self) -> Executor: ...
+    def stop(self) -> None: ...
+
+
+class _Every:
+    """Something done again and again, on a thread of its own."""
+
+    def __init__(self, name: str, every_s: float, once: Callable[[], None]) -> None:
+        self._every_s = every_s
+        self._once = once
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join(10)
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._every_s):
+            self._once()
+
+
+class Pulse:
+    """Renews the leases of this process and hears which steps are no longer its own.
+
+    So a cancelled run stops here within one beat, and a step whose lease ran out while this process was stopped does
+    not go on beside its successor.
+    """
+
+    def __init__(self, record: Record, holds: Holds, *, every_s: float, lease_s: float) -> None:
+        self._record = record
+        self._holds = holds
+        self._lease_s = lease_s
+        self._every = _Every("ferrum-pulse", every_s, self.beat)
+
+    def start(self) -> None:
+        self._every.start()
+
+    def stop(self) -> None:
+        self._every.stop()
+        self.beat()
+
+    def beat(self) -> None:
+        released = self._holds.take_released()
+        try:
+            if released:
+                self._record.release(released)
+                released = []
+            if held := self._holds.current():
+                self._holds.lose(self._record.renew(held, self._lease_s))
+        except _AWAY as error:
+            self._holds.put_back(released)
+            log.warning("leases were not renewed, Redis does not answer: %s", type(error).__name__)
+        except Exception:
+            # Without a pulse, every step of this worker would be given to another while it runs here.
+            self._holds.put_back(released)
+            log.exception("leases were not renewed")
+
+
+class Sweeper:
+    """The repair: due timers, steps of dead workers, lost messages. One at a time in the fleet, by lock."""
+
+    def __init__(self, app: Celery, executor: Executor, config: Settings) -> None:
+        self._app = app
+        self._executor = executor
+        self._config = config
+        self._queues = [kind.queue for kind in step_types().values()]
+        #: Leases are not reaped before this: when Redis was away, those of living workers ran out too.
+        self._reap_from = 0.0
+        self._forget_from = 0.0
+        self._answered_at = time.monotonic()
+        self._idle_since = time.monotonic()
+        self._every = _Every("ferrum-sweeper", config.sweep, self.once)
+
+    def start(self) -> None:
+        self._beat()
+        self._every.start()
+
+    def stop(self) -> None:
+        self._every.stop()
+        try:
+            self._executor.record.gone(self._executor.worker)
+        except _AWAY:
+            log.debug("Redis does not answer: this worker's name stays until its time is over")
+
+    def once(self) -> None:
+        try:
+            self._beat()
+            self._notice_a_standstill()
+            if self._executor.record.alone("sweeper", self._executor.worker, max(2.0, 4 * self._config.sweep)):
+                self._sweep()
+            self._stop_when_idle()
+        except _AWAY as error:
+            self._reap_from = time.monotonic() + self._config.lease
+            log.warning("no sweep, Redis does not answer: %s", type(error).__name__)
+        except Exception:
+            # A sweeper that died would take the whole fleet's repair with it; the next turn may well succeed.
+            self._reap_from = time.monotonic() + self._config.lease
+            log.exception("a sweep failed")
+
+    def _notice_a_standstill(self) -> None:
+        """Redis may stand still for longer than a lease without an error; living workers could not renew theirs."""
+        now = time.monotonic()
+        if now - self._answered_at > self._config.sweep + self._config.lease / 2:
+            self._reap_from = now + self._config.lease
+        self._answered_at = now
+
+    def _beat(self) -> None:
+        self._executor.record.beat(self._executor.worker, for_s=max(5.0, 4 * self._config.sweep))
+
+    def _sweep(self) -> None:
+        record, now = self._executor.record, time.monotonic()
+        queues = record.empty_queues(self._queues)
+        for what in record.sweep(queues, resend_after_s=self._config.resend_after, reap=now >= self._reap_from):
+            try:
+                plan = self._executor.plan(what.run_id, record.plan_digest(what.run_id))
+                resend(self._app, plan, what)
+            except NotFound:
+                log.info("%s is gone, nothing to send", what.run_id)
+        if now >= self._forget_from:
+            record.forget_ended()
+            self._forget_from = now + 60
+
+    def _stop_when_idle(self) -> None:
+        limit = self._config.exit_when_idle
+        if limit is None:
+            return
+        now = time.monotonic()
+        if self._executor.holds.current() or self._executor.record.any_live():
+            self._idle_since = now
+        elif now - self._idle_since >= limit:
+            log.info("no run for %g s: stopping", limit)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def install(app: Celery, process: Process) -> None:
+    """Make `celery -A ferrum worker` a worker of this app: checked settings, no idle second, pulse, sweeper, stop."""
+
+    class Lean(bootsteps.StartStopStep):  # type: ignore[misc]
+        """Leaves out what costs start-up and traffic and earns nothing: the record knows what is cancelled."""
+
+        requires = ()
+
+        def __init__(self, parent: Any, **options: Any) -> None:
+            parent.options["without_mingle"] = True
+            parent.options["without_gossip"] = True
+            _check(app)
+
+    class Repair(bootsteps.StartStopStep):  # type: ignore[misc]
+        requires = ("celery.worker.components:Pool",)
+
+        def start(self, parent: Any) -> None:
+            executor = process.executor()
+            self.sweeper = Sweeper(app, executor, settings())
+            self.sweeper.start()
+
+        def stop(self, parent: Any) -> None:
+            self.sweeper.stop()
+
+    class Custody(bootsteps.StartStopStep):  # type: ignore[misc]
+        """Keeps the messages that this worker holds from being redelivered while it lives.
+
+        Redis as a broker gives a message to another worker when its visibility timeout is over, whether or not the
+        first is still at it; so the time is renewed, and may be short.
+        """
+
+        requires = (Tasks,)
+
+        def start(self, parent: Any) -> None:
+            every_s = app.conf.broker_transport_options["visibility_timeout"] / 3
+            self.timer = parent.timer.call_repeatedly(every_s, _renew_custody, (parent,))
+
+        def stop(self, parent: Any) -> None:
+            timer = getattr(self, "timer", None)
+            if timer is not None:
+                timer.cancel()
+
+    app.steps["worker"].add(Lean)
+    app.steps["worker"].add(Repair)
+    app.steps["consumer"].add(Custody)
+    _import_users_tasks(app)
+    signals.worker_shutting_down.connect(_hand_back_after_grace(process), weak=False)
+    signals.worker_shutdown.connect(lambda **_: process.stop(), weak=False)
+    signals.worker_process_shutdown.connect(lambda **_: process.stop(), weak=False)
+    signals.worker_ready.connect(lambda **_: _warm(process), weak=False)
+
+
+def _check(app: Celery) -> None:
+    for name, value in _NEEDED.items():
+        if app.conf[name] != value:
+            raise SettingsError(
+                f"the celeryconfig that was found sets {name} = {app.conf[name]!r}; ferrum needs {value!r}, or a "
+                "killed worker loses steps. Remove it there, or start the worker from another directory"
+            )
+
+
+def _import_users_tasks(app: Celery) -> None:
+    modules = [name for part in settings().imports.split(",") if (name := part.strip())]
+    app.conf.imports = (*app.conf.imports, *modules) if modules else app.conf.imports
+
+
+def _renew_custody(consumer: Any) -> None:
+    channel = consumer.task_consumer.channel
+    tags: Iterable[str] = list(channel.qos._delivered)
+    if tags:
+        now = time.time()
+        try:
+            with channel.conn_or_acquire() as client:
+                client.zadd(channel.unacked_index_key, dict.fromkeys(tags, now), xx=True)
+        except _AWAY:
+            log.debug("custody of messages was not renewed: Redis does not answer")
+
+
+def _hand_back_after_grace(process: Process) -> Callable[..., None]:
+    def on_signal(**_: object) -> None:
+        timer = threading.Timer(settings().grace, process.executor().holds.stop_all)
+        timer.daemon = True
+        timer.start()
+
+    return on_signal
+
+
+def _warm(process: Process) -> None:
+    """Import what model calls need, now that the worker is ready, where the policy lets any happen."""
+    if any(rule.pattern.startswith(("model:", "*")) for rule in process.executor().policy.rules):
+        threading.Thread(target=process.executor().actors.warm, name="ferrum-warm", daemon=True).start()

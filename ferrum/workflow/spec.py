@@ -1,0 +1,434 @@
+"""What an author may write, as values; what a step's own type asks for is checked where the types are known."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PrivateAttr,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from ferrum.errors import InputError, Problem, WorkflowError, did_you_mean
+from ferrum.expressions import Condition, Template
+from ferrum.workflow import check
+from ferrum.workflow.text import MAX_BYTES, Format, Places, plain, read
+
+_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION: Final = re.compile(r"(?:\d{1,12}(?:\.\d{1,12})?(?:ms|[smhd]))+", re.ASCII)
+_DURATION_PART: Final = re.compile(r"([\d.]+)(ms|[smhd])", re.ASCII)
+#: Ten years, in seconds: a longer wait is a slip of the pen.
+_MAX_DURATION: Final = 10 * 365 * 86400.0
+
+#: Most problems that are looked for; whoever has more has another kind of problem.
+_MAX_PROBLEMS: Final = 100
+
+
+def seconds(value: object) -> float:
+    """A duration as an author writes it, `90`, `"250ms"`, `"15m"`, `"1h30m"`, in seconds. Raises `ValueError`."""
+    if isinstance(value, str) and _DURATION.fullmatch(value):
+        duration = math.fsum(float(number) * _UNITS[unit] for number, unit in _DURATION_PART.findall(value))
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        duration = float(value) if abs(value) <= _MAX_DURATION else math.inf
+    else:
+        raise ValueError(
+            'a duration is a number of seconds, or a text like "250ms", "60s", "15m", "24h", "7d", "1h30m"'
+        )
+    if not duration <= _MAX_DURATION:
+        raise ValueError("a duration is at most ten years")
+    if duration < 0:
+        raise ValueError("a duration cannot be negative")
+    return duration
+
+
+def _not_zero(value: float) -> float:
+    if value == 0:
+        raise ValueError("a duration of zero leaves no time at all")
+    return value
+
+
+_DURATION_SCHEMA: Final = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "number", "minimum": 0, "maximum": _MAX_DURATION},
+            {"type": "string", "pattern": r"^([0-9]+(\.[0-9]+)?(ms|[smhd]))+$"},
+        ]
+    }
+)
+#: Seconds, read by `seconds`.
+Duration = Annotated[float, BeforeValidator(seconds), _DURATION_SCHEMA]
+#: Seconds, more than none.
+Timeout = Annotated[float, BeforeValidator(seconds), AfterValidator(_not_zero), _DURATION_SCHEMA]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ignored_types=(cached_property,))
+
+
+class Budget(_Part):
+    """What a run may use up at most; `None` is no limit."""
+
+    input_tokens: int | None = Field(None, ge=0, description="Tokens sent to models.")
+    output_tokens: int | None = Field(None, ge=0, description="Tokens that models generate.")
+    total_tokens: int | None = Field(None, ge=0, description="Tokens of both kinds.")
+    cost_usd: float | None = Field(None, ge=0, allow_inf_nan=False, description="US dollars, by the price table.")
+    tool_calls: int | None = Field(None, ge=0, description="Calls of tools.")
+    wall_time: Timeout | None = Field(None, description="Time of the run; not while only people are waited for.")
+
+
+class Retry(_Part):
+    """How often a step is tried and how long is waited in between."""
+
+    max_attempts: int = Field(3, ge=1, le=1000, description="Tries in all, the first one included.")
+    backoff: Duration = Field(1.0, description="The longest wait before the second try.")
+    factor: float = Field(2.0, ge=1, le=100, description="By how much each further wait may be longer.")
+    max_delay: Duration = Field(60.0, description="No wait is longer, unless the other side asks for it.")
+
+    def delay(self, attempt: int, random: float, retry_after_s: float | None = None) -> float:
+        """Seconds to wait after try number `attempt` (1 for the first) has failed: full jitter.
+
+        `random` is from [0, 1). Where the other side said when to come back it is never earlier than that, and spread
+        over `backoff` seconds, so that all who were sent away together do not come back together.
+        See https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/.
+        """
+        try:
+            longest = min(self.max_delay, self.backoff * self.factor ** (attempt - 1))
+        except OverflowError:
+            longest = self.max_delay
+        jittered = random * longest
+        return jittered if retry_after_s is None else max(jittered, retry_after_s + random * self.backoff)
+
+
+class Defaults(_Part):
+    """What holds for every step that does not say otherwise."""
+
+    retry: Retry | None = None
+    timeout: Timeout | None = None
+
+
+class InputSpec(_Part):
+    """One thing that a run is given."""
+
+    type: Literal["string", "integer", "number", "boolean", "array", "object"]
+    description: str = ""
+    #: Whether a run cannot start without it: by default where there is no `default`.
+    required: bool = True
+    #: What it is when a run is not given it; see `has_default`.
+    default: JsonValue = None
+    #: The other keywords of its JSON Schema, `enum`, `minLength`, `items`, …
+    keywords: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @property
+    def has_default(self) -> bool:
+        return "default" in self.model_fields_set
+
+    @cached_property
+    def schema_(self) -> dict[str, JsonValue]:
+        """Its JSON Schema (2020-12)."""
+        description: dict[str, JsonValue] = {"description": self.description} if self.description else {}
+        return {"type": self.type, **description, **self.keywords}
+
+    def problems(self, value: JsonValue) -> list[str]:
+        """What keeps a value from being this input."""
+        errors = sorted(Draft202012Validator(self.schema_).iter_errors(value), key=lambda error: error.json_path)
+        return [
+            f"{error.json_path[1:].removeprefix('.')}: {_short(error.message)}".removeprefix(": ") for error in errors
+        ]
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> InputSpec:
+        if _has_reference(self.keywords):
+            raise ValueError("$ref is not supported here: write the schema out")
+        try:
+            Draft202012Validator.check_schema(self.schema_, format_checker=Draft202012Validator.FORMAT_CHECKER)
+        except SchemaError as error:
+            raise ValueError(f"not a JSON Schema: {_short(error.message)}") from error
+        if self.has_default and self.required:
+            raise ValueError("what has a default is not required: leave out one of the two")
+        if self.has_default and (found := self.problems(self.default)):
+            raise ValueError(f"the default does not fit: {'; '.join(found)}")
+        return self
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        value = dict(self.schema_)
+        if self.has_default:
+            value["default"] = self.default
+        elif not self.required:
+            value["required"] = False
+        return value
+
+
+class Step(_Part):
+    """One node of a workflow."""
+
+    id: str
+    type: str = Field(min_length=1)
+    #: Steps that have to be over before, besides those that its expressions refer to.
+    needs: tuple[str, ...] = Field((), strict=False)
+    #: A bare expression; the step is skipped where it is false.
+    when: str | None = None
+    retry: Retry | None = None
+    #: Longest time of one attempt, in seconds.
+    timeout: Timeout | None = None
+    #: All that the step's type makes sense of.
+    params: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @field_validator("params")
+    @classmethod
+    def _no_common_names(cls, params: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if taken := [name for name in params if name in check.COMMON]:
+            raise ValueError(f"{taken[0]!r} is the same for all steps and no parameter of a type")
+        return params
+
+    @cached_property
+    def references(self) -> frozenset[str]:
+        """The names that its parameters and its condition refer to: steps, and `input`."""
+        condition = Condition.compile(self.when).references if self.when is not None else frozenset()
+        return Template.compile(self.params).references | condition
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        common = self.model_dump(mode="json", exclude_defaults=True, exclude={"id", "params"})
+        return {**common, **self.params}
+
+
+def _name(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,99}", value, re.ASCII):
+        raise ValueError("a workflow's name is made of a-z, 0-9, '-', '_' and '.', up to 100, a letter or digit first")
+    return value
+
+
+class Workflow(_Part):
+    """What an author wrote. Made by `parse`, `load` and `of`, which check that it holds together."""
+
+    name: Annotated[str, AfterValidator(_name)]
+    version: str = Field("0", min_length=1, max_length=100)
+    description: str = ""
+    inputs: dict[str, InputSpec] = Field(default_factory=dict)
+    budget: Budget | None = None
+    defaults: Defaults = Defaults()
+    #: In the order of the file.
+    steps: dict[str, Step] = Field(min_length=1)
+    outputs: dict[str, JsonValue] = Field(default_factory=dict)
+
+    _places: Places = PrivateAttr(default_factory=Places)
+
+    @classmethod
+    def parse(cls, text: str, source: str = "", format: Format | None = None) -> Workflow:
+        """A workflow from YAML or JSON; `source` is the name that errors give it.
+
+        Without a `format` the end of the source's name tells (`.json`, `.yaml`); else a text that is JSON is read as
+        JSON. Raises `WorkflowError` with all that is wrong (the first hundred), each with line and column.
+        """
+        return cls._built(*read(text, source, format))
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Workflow:
+        """A workflow from a file. Raises `WorkflowError`, also for a file that cannot be read."""
+        source = str(path)
+        try:
+            with Path(path).open("rb") as file:
+                text = file.read(MAX_BYTES + 1).decode()
+        except OSError as error:
+            raise WorkflowError([Problem(f"the file cannot be read: {error.strerror}")], source) from error
+        except UnicodeDecodeError as error:
+            raise WorkflowError([Problem(f"the file is not UTF-8: byte {error.start} is none")], source) from error
+        return cls.parse(text, source)
+
+    @classmethod
+    def of(cls, value: Mapping[str, object]) -> Workflow:
+        """A workflow from plain data, as an author would write it. Raises `WorkflowError`."""
+        return cls._built(plain(value), Places())
+
+    @classmethod
+    def _built(cls, value: JsonValue, places: Places) -> Workflow:
+        if not isinstance(value, dict):
+            raise WorkflowError([places.problem("a workflow is a mapping with a `name` and `steps`")], places.source)
+        workflow, problems = None, list(islice(check.problems(value, places), _MAX_PROBLEMS))
+        try:
+            workflow = cls.model_validate(value)
+        except ValidationError as error:
+            problems += (_problem(one, places) for one in error.errors(include_url=False))
+        if problems or workflow is None:
+            ordered = sorted(dict.fromkeys(problems), key=lambda problem: (problem.line, problem.column))
+            raise WorkflowError(ordered, places.source)
+        workflow._places = places
+        return workflow
+
+    @field_validator("inputs", mode="before")
+    @classmethod
+    def _inputs(cls, value: object) -> object:
+        return {name: _input_fields(one) for name, one in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _steps(cls, value: object) -> object:
+        return {name: _step_fields(name, one) for name, one in value.items()} if isinstance(value, dict) else value
+
+    @property
+    def source(self) -> str:
+        """The name of the file that it was read from; empty for a value made in Python."""
+        return self._places.source
+
+    def problem(self, message: str, *where: str | int, key: bool = False) -> Problem:
+        """A problem with what stands at `where` in the file (`"steps", "fix", "model"`), or with its key."""
+        return self._places.problem(message, *where, key=key)
+
+    def needs_of(self, step_id: str) -> tuple[str, ...]:
+        """The steps that have to be over before this one, in the order of the file."""
+        return self._needs_by_step[step_id]
+
+    @cached_property
+    def _needs_by_step(self) -> Mapping[str, tuple[str, ...]]:
+        order = {name: number for number, name in enumerate(self.steps)}
+        return {
+            name: tuple(sorted((set(step.needs) | step.references) & order.keys(), key=order.__getitem__))
+            for name, step in self.steps.items()
+        }
+
+    def check_input(self, input: Mapping[str, object]) -> dict[str, JsonValue]:
+        """The input of a run with defaults filled in.
+
+        What is neither given nor required nor has a default stays out. Raises `InputError`, which lists all that is
+        wrong.
+        """
+        try:
+            given = plain(input)
+        except WorkflowError as error:
+            raise InputError(f"the input is not plain JSON: {error}") from error
+        if not isinstance(given, dict):
+            raise InputError("the input has to be a mapping of names to values")
+        if problems := list(self._input_problems(given)):
+            raise InputError("\n".join(problems))
+        defaults = {name: copy.deepcopy(spec.default) for name, spec in self.inputs.items() if spec.has_default}
+        return {name: {**defaults, **given}[name] for name in self.inputs if name in given or name in defaults}
+
+    def _input_problems(self, given: Mapping[str, JsonValue]) -> Iterator[str]:
+        for name in given:
+            if name not in self.inputs:
+                hint = did_you_mean(name, self.inputs) or " (the workflow declares no `inputs`)"
+                yield f"there is no input {name!r}{hint}"
+        for name, spec in self.inputs.items():
+            if name in given:
+                yield from (f"input {name!r}: {problem}" for problem in spec.problems(given[name]))
+            elif spec.required:
+                yield f"input {name!r} is missing"
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        """The workflow as an author would write it, in plain JSON: `Workflow.of` makes the same of it."""
+        value: dict[str, JsonValue] = {"name": self.name, "version": self.version}
+        if self.description:
+            value["description"] = self.description
+        if self.inputs:
+            value["inputs"] = {name: spec.to_dict() for name, spec in self.inputs.items()}
+        if self.budget is not None:
+            value["budget"] = self.budget.model_dump(mode="json", exclude_defaults=True)
+        if self.defaults != Defaults():
+            value["defaults"] = self.defaults.model_dump(mode="json", exclude_defaults=True)
+        value["steps"] = {name: step.to_dict() for name, step in self.steps.items()}
+        if self.outputs:
+            value["outputs"] = self.outputs
+        return value
+
+    def __eq__(self, other: object) -> bool:
+        # Where it was read from does not count; nor does the order of keys, except that of steps.
+        return isinstance(other, Workflow) and self.to_dict() == other.to_dict() and [*self.steps] == [*other.steps]
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _input_fields(value: object) -> object:
+    """An input as it is written, in the fields of `InputSpec`."""
+    if not isinstance(value, dict):
+        return value
+    fields = {name: item for name, item in value.items() if name in check.INPUT_FIELDS}
+    keywords = {name: item for name, item in value.items() if name in check.INPUT_KEYWORDS}
+    if isinstance(fields.get("required"), list):
+        # JSON Schema's own `required`, the properties of an object.
+        keywords["required"] = fields.pop("required")
+    fields.setdefault("required", "default" not in fields)
+    return {**fields, "keywords": keywords}
+
+
+def _step_fields(name: str, value: object) -> object:
+    """A step as it is written, in the fields of `Step`."""
+    if not isinstance(value, dict):
+        return value
+    common = {key: item for key, item in value.items() if key in check.COMMON}
+    return {**common, "id": name, "params": {key: item for key, item in value.items() if key not in check.COMMON}}
+
+
+def _has_reference(value: JsonValue) -> bool:
+    if isinstance(value, dict):
+        return "$ref" in value or "$dynamicRef" in value or any(_has_reference(item) for item in value.values())
+    return isinstance(value, list) and any(_has_reference(item) for item in value)
+
+
+# What pydantic says, said to an author
+
+
+_WANTED: Final = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+}
+
+
+def _problem(error: ErrorDetails, places: Places) -> Problem:
+    where = error["loc"]
+    if error["type"] == "extra_forbidden":
+        hint = did_you_mean(str(where[-1]), _known(where[:-1]))
+        return places.problem(f"there is no {where[-1]!r} here{hint}", *where, key=True)
+    return places.problem(_sentence(error), *where)
+
+
+def _known(where: tuple[int | str, ...]) -> list[str]:
+    """What may stand in a part of a workflow."""
+    parts: dict[str, type[BaseModel]] = {"budget": Budget, "defaults": Defaults, "retry": Retry}
+    part = parts[str(where[-1])] if where else Workflow
+    return list(part.model_fields)
+
+
+def _sentence(error: ErrorDetails) -> str:
+    kind, given = error["type"], error["input"]
+    context: Mapping[str, Any] = error.get("ctx", {})
+    if kind == "missing":
+        return f"{error['loc'][-1]!r} is missing"
+    if kind in _WANTED:
+        hint = ": put quotes around it" if kind == "string_type" and isinstance(given, (int, float)) else ""
+        return f"this has to be {_WANTED[kind]}{hint}"
+    if kind == "literal_error":
+        hint = did_you_mean(given, re.findall(r"'(\w+)'", context["expected"])) if isinstance(given, str) else ""
+        return f"this has to be {context['expected']}{hint}"
+    if kind in ("too_short", "string_too_short"):
+        return "this cannot be empty"
+    message = error["msg"].removeprefix("Value error, ").replace("Input should", "this has to")
+    return message[:1].lower() + message[1:]
+
+
+def _short(message: str) -> str:
+    return message if len(message) <= 300 else f"{message[:200]} … {message[-90:]}"

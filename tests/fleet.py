@@ -1,0 +1,138 @@
+"""Real workers for tests: `celery -A ferrum worker` processes on the test's own Redis."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import redis
+
+import ferrum.runs
+from ferrum.governance.budget import counters
+from ferrum.record import base_of
+from ferrum.results import RunStatus
+
+T = TypeVar("T")
+
+#: Tasks that `type: task` steps of tests run; see `user_tasks.py`.
+TASKS = "user_tasks"
+
+
+class Fleet:
+    """Workers that share a home, a policy that allows everything, and whatever else `environ` says."""
+
+    def __init__(self, redis_url: str, home: Path, environ: Mapping[str, str] | None = None) -> None:
+        self.home = home
+        self.workers: list[subprocess.Popen[bytes]] = []
+        policy = home / "allow-all.policy.yaml"
+        policy.write_text('allow: ["tool:*", "model:*"]\n')
+        self.environ = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("FERRUM_")},
+            "FERRUM_REDIS_URL": redis_url,
+            "FERRUM_HOME": str(home),
+            "FERRUM_ARTIFACTS": os.environ["FERRUM_ARTIFACTS"],
+            "FERRUM_POLICY": str(policy),
+            "FERRUM_IMPORTS": TASKS,
+            "PYTHONPATH": str(Path(__file__).parent),
+            **(environ or {}),
+        }
+
+    def start(self, *options: str, **environ: str) -> subprocess.Popen[bytes]:
+        """Start a worker and wait until it is ready; its log is in `<home>/worker-N.log`."""
+        before = set(ferrum.runs.record().workers())
+        log = self.log(len(self.workers))
+        with log.open("wb") as out:
+            worker = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", "celery", "-A", "ferrum", "worker", "-l", "info", *options],
+                env={**self.environ, **environ},
+                cwd=self.home,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+        self.workers.append(worker)
+
+        def ready() -> bool:
+            assert worker.poll() is None, log.read_text()[-4000:]
+            return b" ready." in log.read_bytes() and bool(set(ferrum.runs.record().workers()) - before)
+
+        eventually(ready, timeout_s=60)
+        return worker
+
+    def log(self, number: int) -> Path:
+        return self.home / f"worker-{number}.log"
+
+    def stop(self) -> None:
+        for worker in self.workers:
+            if worker.poll() is None:
+                worker.send_signal(signal.SIGTERM)
+        for worker in self.workers:
+            try:
+                worker.wait(20)
+            except subprocess.TimeoutExpired:
+                worker.kill()
+                worker.wait()
+        for name in ferrum.runs.record().workers():
+            ferrum.runs.record().gone(name)
+
+
+def eventually(check: Callable[[], T], timeout_s: float = 30, every_s: float = 0.05) -> T:
+    """What `check` returns once it is true."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := check()):
+        assert time.monotonic() < deadline, f"not true within {timeout_s} s"
+        time.sleep(every_s)
+    return value
+
+
+def ended(run_id: str, timeout_s: float = 60) -> ferrum.runs.RunView:
+    """The run, once it has ended, whatever came of it."""
+    eventually(lambda: ferrum.runs.record().status(run_id).ended, timeout_s)
+    return ferrum.runs.show(run_id)
+
+
+def status_of(run_id: str) -> RunStatus:
+    return ferrum.runs.record().status(run_id)
+
+
+def effects(log: Path) -> str:
+    """`FERRUM_MCP_SERVERS` with one server, `effects`, whose tools leave their traces in `log`."""
+    server = {"module": "ferrum.testing.effects_server", "args": ["--log", str(log)]}
+    return json.dumps({"mcpServers": {"effects": server}})
+
+
+def lines(log: Path) -> list[str]:
+    """The idempotency key of each effect so far, in order."""
+    return [line.partition("\t")[0] for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def happened(run_id: str, kind: str, step: str | None = None) -> list[Any]:
+    """The events of this type, of one step or of all."""
+    events: list[Any] = list(ferrum.runs.record().events(run_id))
+    return [event for event in events if event.type == kind and step in (None, getattr(event, "step", None))]
+
+
+def assert_events_agree(redis_url: str, run_id: str) -> None:
+    """What the events add up to is what the record says."""
+    base = base_of(run_id)
+    with redis.Redis.from_url(redis_url, decode_responses=True) as client:
+        run: Any = client.hgetall(f"{base}:run:{run_id}")
+        kept: Any = client.hgetall(f"{base}:steps:{run_id}")
+    state = ferrum.runs.record().state(run_id)
+    record = {step: json.loads(raw) for step, raw in kept.items() if ":" not in step}
+    assert state.status == run["status"]
+    if state.status.ended:
+        # A run that ends leaves what had not ended as it was; the events call it cancelled.
+        for step in record.values():
+            step["s"] = step["s"] if step["s"] in ("completed", "failed", "skipped") else "cancelled"
+    said = {name: (step.status.value, step.attempt) for name, step in state.steps.items()}
+    touched = {name: (step["s"], step["a"]) for name, step in record.items() if name in said or step["a"]}
+    assert said == touched
+    used = {name.partition(":")[2]: int(amount) for name, amount in run.items() if name.startswith("u:")}
+    assert {name: amount for name, amount in counters(state.usage).items() if amount} == used

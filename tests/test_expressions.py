@@ -1,0 +1,346 @@
+"""What authors write between `{{` and `}}`, and in `when:`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ferrum.errors import ExpressionError
+from ferrum.expressions import MAX_TEXT, Condition, Template
+
+SCOPE: dict[str, Any] = {
+    "input": {"issue": "it is broken", "limit": 3, "nothing": None, "big": 2**70},
+    "classify": {"kind": "bug", "score": 0.5},
+    "context": {
+        "documents": [
+            {"text": "one", "tags": [{"name": "a"}, {"name": "b"}]},
+            {"text": "two", "tags": [{"name": "c"}]},
+        ]
+    },
+}
+
+
+def evaluated(value: Any) -> Any:
+    return Template.compile(value).evaluate(SCOPE)
+
+
+def refusal(value: Any) -> str:
+    with pytest.raises(ExpressionError) as caught:
+        evaluated(value)
+    return str(caught.value)
+
+
+def references(text: str) -> set[str]:
+    return set(Template.compile(f"{{{{ {text} }}}}").references)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("{{ classify.kind }}", "bug"),
+        ("{{classify.score}}", 0.5),
+        ("{{ input.nothing }}", None),
+        ("{{ input.big }}", 2**70),
+        ("{{ classify }}", {"kind": "bug", "score": 0.5}),
+        ('{{ classify.kind == "bug" }}', True),
+        ("{{ input.limit + 1 }}", 4),
+        ('{{ input["issue"] }}', "it is broken"),
+        ("{{ context.documents[1].text }}", "two"),
+        ('{{ has(classify.reason) ? classify.reason : "none" }}', "none"),
+        ("{{ input.limit // how many\n }}", 3),
+    ],
+)
+def test_a_text_that_is_one_expression_becomes_its_value(text: str, value: Any) -> None:
+    result = evaluated(text)
+    assert result == value
+    assert type(result) is type(value)
+
+
+def test_inside_a_longer_text_a_value_is_written_out() -> None:
+    assert evaluated("{{ classify.kind }}: {{ classify.score }}") == "bug: 0.5"
+    assert evaluated("<{{ input.nothing }}>") == "<>"
+    assert evaluated(" {{ classify }}") == ' {"kind":"bug","score":0.5}'
+    assert evaluated("is {{ input.limit > 2 }}") == "is true"
+
+
+def test_templates_reach_into_lists_and_objects_and_leave_the_rest_alone() -> None:
+    value = {"a": ["{{ input.limit }}", {"b": "x{{ input.limit }}"}], "c": 1, "d": None, "e": "}}"}
+    assert evaluated(value) == {"a": [3, {"b": "x3"}], "c": 1, "d": None, "e": "}}"}
+
+
+def test_what_an_expression_returns_is_never_parsed_again() -> None:
+    scope: dict[str, Any] = {"input": {"text": "{{ secret.key }}"}, "secret": {"key": "k"}}
+    assert Template.compile("{{ input.text }}").evaluate(scope) == "{{ secret.key }}"
+    assert Template.compile("say {{ input.text }}").evaluate(scope) == "say {{ secret.key }}"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('{{ {"a": {"b": 1}} }}', {"a": {"b": 1}}),
+        ('{{{"a": {"b": 1}}}}', {"a": {"b": 1}}),
+        ('{{ "}}" }}', "}}"),
+        ("{{ '}}' + \"}}\" }}", "}}}}"),
+        ('{{ """a "}}" b""" }}', 'a "}}" b'),
+        (r'{{ "\"}}" }}', '"}}'),
+        (r'{{ r"\}}" }}', "\\}}"),
+        ('{"x": {{ input.limit }}}', '{"x": 3}'),
+    ],
+)
+def test_closing_braces_inside_literals_do_not_end_an_expression(text: str, value: Any) -> None:
+    assert evaluated(text) == value
+
+
+def test_opening_braces_are_written_as_a_text_of_their_own() -> None:
+    assert evaluated('{{ "{{" }} name }}') == "{{ name }}"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("{{ context.documents[*].text }}", ["one", "two"]),
+        ("{{ context.documents[*].tags[*].name }}", [["a", "b"], ["c"]]),
+        ("{{ context.documents[*].tags[0].name }}", ["a", "c"]),
+        ("{{ context.documents[0].tags[*].name }}", ["a", "b"]),
+        ("{{ context.documents[*].tags[*] }}", [[{"name": "a"}, {"name": "b"}], [{"name": "c"}]]),
+        ("{{ size(context.documents[*].text) }}", 2),
+        ('{{ context.documents[*].text.join(" and ") }}', "one and two"),
+        ("{{ context.documents.map(d, d.tags[*].name) }}", [["a", "b"], ["c"]]),
+        ('{{ context.documents.filter(d, d.text == "two")[*].text }}', ["two"]),
+        ('{{ "a[*].b" }}', "a[*].b"),
+    ],
+)
+def test_a_star_maps_over_a_list(text: str, value: Any) -> None:
+    assert evaluated(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("a.b", {"a"}),
+        ("a.b[c.d]", {"a", "c"}),
+        ("size(a)", {"a"}),
+        ("a.size() > b.startsWith(c.d) ? d : e", {"a", "b", "c", "d", "e"}),
+        ("a.map(x, x.y + z.w)", {"a", "z"}),
+        ("a.filter(x, x.y).map(x, x.z)", {"a"}),
+        ("a.map(a, a.b)", {"a"}),
+        ("[1].map(a, a) + [a]", {"a"}),
+        ("[1].map(a, [2].exists(b, a == b))", set()),
+        ("a.all(x, x > 0) && x", {"a", "x"}),
+        ("a[*].b[*].c", {"a"}),
+        ("has(a.b)", {"a"}),
+        ("'b.c' + a", {"a"}),
+        ("{'b': a}", {"a"}),
+        ("type(a) == string", {"a"}),
+        ("math.greatest(a, 1)", {"a"}),
+        ("true && null == a || 1 in b", {"a", "b"}),
+    ],
+)
+def test_references_are_the_names_that_the_scope_has_to_hold(text: str, names: set[str]) -> None:
+    assert references(text) == names
+
+
+def test_references_of_a_value_are_those_of_all_its_expressions() -> None:
+    template = Template.compile({"a": ["{{ one.x }}", "no"], "b": "{{ two }} and {{ three.y }}"})
+    assert template.references == {"one", "two", "three"}
+    assert template.paths == {("one", "x"), ("two",), ("three", "y")}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{{ clasify.kind }}", "nothing is called 'clasify' (did you mean 'classify'?)"),
+        ("{{ clasify.kind + 'x' }}", "nothing is called 'clasify' (did you mean 'classify'?)"),
+        ("{{ classify.kindd }}", "no 'kindd' in classify (did you mean 'kind'?)"),
+        ("{{ classify.x == 1 }}", "no 'x' in classify (there is: kind, score)"),
+        ("{{ context.documents[*].title }}", "no 'title' in context.documents[*] (there is: tags, text)"),
+        ("{{ context.documents.map(d, d.txt) }}", "no 'txt' in context.documents[*] (did you mean 'text'?)"),
+        ("{{ classify.kind.name }}", "classify.kind is text, so it has no 'name'"),
+        ("{{ classify.kind.name + 'x' }}", "classify.kind is text, so it has no 'name'"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ context.documents[7].text }}", "index out of bounds: 7"),
+        ("{{ classify.score + 1 }}", "nothing is converted by itself: use int(x), double(x) or string(x)"),
+        ("{{ input.big + 1 }}", "does not fit 64 bits"),
+    ],
+)
+def test_an_evaluation_that_fails_says_which_expression_and_why(text: str, reason: str) -> None:
+    message = refusal(text)
+    assert message.startswith(f"in `{text.removeprefix('{{').removesuffix('}}').strip()}`: ")
+    assert reason in message
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{{ 1.0 / 0.0 }}", "not a finite number"),
+        ('{{ double("NaN") }}', "not a finite number"),
+        ('{{ timestamp("2026-01-01T00:00:00Z") }}', "string(…) makes a text of it"),
+        ('{{ [b"abc"] }}', "string(…) makes a text of it"),
+        ("{{ {1: 2} }}", "a key 1 that is not text"),
+    ],
+)
+def test_a_result_that_json_cannot_hold_is_refused(text: str, reason: str) -> None:
+    assert reason in refusal(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{{ classify.kind", "`{{` without its `}}`"),
+        ("{{ }}", "an empty expression"),
+        ("{{ don't }}", "a text starts with ' and never ends"),
+        ("{{ 1 + }}", "the expression ends too early"),
+        ("{{ a b }}", "'b' is not expected here (character 3)"),
+        ("{{ sise(a) }}", "there is no function 'sise' (did you mean 'size'?)"),
+        ("{{ [*].x }}", "[*] needs a list before it"),
+        ("{{ Point{x: 1} }}", "messages like Point{…} are not supported"),
+        ("{{ package.x }}", "reserved identifier: package"),
+        ({"{{ a }}": 1}, "a key cannot be an expression"),
+    ],
+)
+def test_what_is_no_expression_is_refused_when_it_is_compiled(text: Any, reason: str) -> None:
+    with pytest.raises(ExpressionError) as caught:
+        Template.compile(text)
+    assert reason in str(caught.value)
+
+
+def test_functions_of_the_library_can_be_called() -> None:
+    assert evaluated('{{ ["b", "a"].sort().join("-").upperAscii() }}') == "A-B"
+    assert evaluated("{{ math.greatest([1, 3, 2]) + [1, 2].sum() }}") == 6
+    assert evaluated('{{ string(true) + string([1, null]) + "a,b".split(",")[1] }}') == "true[1,null]b"
+
+
+@pytest.mark.parametrize("text", ["(" * 10_000 + "1" + ")" * 10_000, "[" * 1_900 + "]" * 1_900, "-!" * 1_000 + "1"])
+def test_nesting_that_would_overflow_the_stack_is_refused(text: str) -> None:
+    with pytest.raises(ExpressionError):
+        Template.compile(f"{{{{ {text} }}}}")
+    with pytest.raises(ExpressionError):
+        Condition.compile(text)
+
+
+def test_what_is_allowed_is_far_from_the_end_of_a_small_stack() -> None:
+    """In a process of its own: what would go wrong takes the process down."""
+    program = """
+import threading
+from ferrum.errors import ExpressionError
+from ferrum.expressions import MAX_DATA_NESTING, Template
+
+deep = []
+for _ in range(MAX_DATA_NESTING - 3):
+    deep = [deep]
+deeper = deep
+for _ in range(10_000):
+    deeper = [deeper]
+
+def refused(text, scope):
+    try:
+        Template.compile(text).evaluate(scope)
+    except ExpressionError as error:
+        return "nested deeper" in str(error)
+
+def all_of_it():
+    assert Template.compile("{{ " + "!(" * 30 + "true" + ")" * 30 + " }}").evaluate({})
+    assert Template.compile("{{ " + "1+" * 249 + "1 }}").evaluate({}) == 250
+    assert Template.compile("{{ " + "[1].map(x," * 29 + "1" + ")" * 29 + " }}").evaluate({})
+    assert Template.compile("{{ " + "true?1:" * 30 + "1 }}").evaluate({}) == 1
+    assert Template.compile("{{ [a] == [a] ? [a] : [] }}").evaluate({"a": deep}) == [deep]
+    assert Template.compile("{{ a }}").evaluate({"a": deeper}) is deeper
+    assert refused("{{ size(a) }}", {"a": deeper})
+    print("alive")
+
+threading.stack_size(512 * 1024)
+thread = threading.Thread(target=all_of_it)
+thread.start()
+thread.join()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "alive\n", done.stderr
+
+
+def test_a_text_cannot_grow_without_bound() -> None:
+    scope: dict[str, Any] = {"a": {"text": "x" * (MAX_TEXT // 2)}}
+    with pytest.raises(ExpressionError, match="grows beyond"):
+        Template.compile("{{ a.text }}, {{ a.text }}").evaluate(scope)
+    with pytest.raises(ExpressionError, match="longer than"):
+        Template.compile("{{ a.text.replace('', 'much longer than before') }}").evaluate(scope)
+    with pytest.raises(ExpressionError, match="longer than"):
+        Template.compile("{{ [a.text, a.text].join(', ') }}").evaluate(scope)
+
+
+def test_only_what_an_expression_looks_at_is_handed_to_cel() -> None:
+    scope: dict[str, Any] = {"classify": {"kind": "bug", "other": object()}}
+    assert Condition.compile('classify.kind == "bug"').evaluate(scope) is True
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [('classify.kind == "bug"', True), ("classify.score > 0.9", False), (" has(input.x) || true ", True)],
+)
+def test_a_condition_says_yes_or_no(text: str, value: bool) -> None:
+    assert Condition.compile(text).evaluate(SCOPE) is value
+
+
+def test_a_condition_that_is_neither_true_nor_false_is_an_error() -> None:
+    with pytest.raises(ExpressionError, match="has to be true or false, this is text"):
+        Condition.compile("classify.kind").evaluate(SCOPE)
+
+
+def test_a_condition_in_braces_is_refused() -> None:
+    with pytest.raises(ExpressionError, match=r"leave out the {{ }}"):
+        Condition.compile("{{ classify.kind }}")
+
+
+def test_compiled_expressions_can_be_copied_and_pickled() -> None:
+    template, condition = Template.compile({"a": "{{ classify.kind }}"}), Condition.compile("classify.score > 0.1")
+    assert copy.deepcopy(template) == pickle.loads(pickle.dumps(template)) == template
+    assert pickle.loads(pickle.dumps(condition)) == condition
+
+
+_plain_text = st.text().filter(lambda text: "{{" not in text)
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | _plain_text,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_plain_text, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(_json)
+def test_a_value_without_expressions_comes_out_as_it_went_in(value: Any) -> None:
+    template = Template.compile(value)
+    assert template.evaluate({}) == value
+    assert template.references == frozenset()
+
+
+@given(_json)
+def test_any_value_passes_through_a_plain_path(value: Any) -> None:
+    assert Template.compile("{{ a.b }}").evaluate({"a": {"b": value}}) == value
+
+
+_SOUP = """a b.c ( ) [ ] { } . , ? : + - == && ! 1 2.5 'x' "y" true [*] map( size( has( in }} {{ \\ ' @ é"""
+
+
+@given(st.lists(st.sampled_from(_SOUP.split()), max_size=12).map(" ".join) | st.text(max_size=30))
+def test_any_text_compiles_and_evaluates_or_says_why_not(text: str) -> None:
+    scope: dict[str, Any] = {"a": [{"x": 1}], "b": {"c": "d"}}
+    for source in (text, f"{{{{ {text} }}}}"):
+        with contextlib.suppress(ExpressionError):
+            Template.compile(source).evaluate(scope)
+
+
+def test_importing_expressions_does_not_import_the_command_line_of_cel() -> None:
+    program = """
+import sys
+import ferrum.expressions
+assert "prompt_toolkit" not in sys.modules
+import cel.cli
+assert cel.cli.PromptSession
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

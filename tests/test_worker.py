@@ -1,0 +1,117 @@
+"""A worker from its start to its end: what it refuses to start with, which queues it takes, how it stops."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fleet import Fleet, assert_events_agree, effects, ended, eventually, happened, lines
+
+import ferrum
+from ferrum.results import RunStatus
+
+
+@pytest.fixture
+def fleet(clean_redis: str, tmp_path: Path) -> Iterator[Fleet]:
+    policy = tmp_path / "tools.policy.yaml"
+    policy.write_text('allow: ["tool:*"]\n')
+    environ = {"FERRUM_POLICY": str(policy), "FERRUM_MCP_SERVERS": effects(tmp_path / "effects.log")}
+    fleet = Fleet(clean_redis, tmp_path, environ)
+    try:
+        yield fleet
+    finally:
+        fleet.stop()
+
+
+def test_a_stopping_worker_hands_its_steps_to_another_after_its_grace(
+    fleet: Fleet, redis_url: str, tmp_path: Path
+) -> None:
+    steps: dict[str, Any] = {
+        "a": {"type": "task", "task": "user.sleep_once", "input": {"path": str(tmp_path / "began")}},
+        "b": {"type": "tool", "tool": "effects.append", "input": {"text": "b", "delay_s": 2}},
+    }
+    first = fleet.start(FERRUM_GRACE="0.2")
+    run_id = ferrum.submit({"name": "x", "steps": steps, "outputs": {"processes": "{{ a }}"}})
+    eventually(lambda: (tmp_path / "began").exists() and happened(run_id, "act.decided"))
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(20) == 0
+    assert [lost.reason for lost in happened(run_id, "step.lost")] == ["its worker is stopping"] * 2
+    second = fleet.start()
+    assert ferrum.wait(run_id, timeout_s=30) == {"processes": 2}
+    for step in steps:
+        assert [_pid(event) for event in happened(run_id, "step.started", step)] == [first.pid, second.pid]
+    # The call that was handed back was cancelled before it acted.
+    assert lines(tmp_path / "effects.log") == [f"{run_id}.b"]
+    assert_events_agree(redis_url, run_id)
+
+
+def _pid(event: Any) -> int:
+    return int(event.worker.split(":")[1])
+
+
+def test_a_stopping_worker_lets_a_short_step_finish(fleet: Fleet, redis_url: str, tmp_path: Path) -> None:
+    log = tmp_path / "began"
+    steps = {"a": {"type": "task", "task": "user.sleep", "input": {"seconds": 0.5, "log": str(log)}}}
+    worker = fleet.start()
+    run_id = ferrum.submit({"name": "x", "steps": steps})
+    eventually(log.exists)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(20) == 0
+    assert ended(run_id).status is RunStatus.COMPLETED
+    assert not happened(run_id, "step.lost")
+    assert_events_agree(redis_url, run_id)
+
+
+def test_queues_shape_a_fleet_and_a_prefork_pool_runs_steps_too(fleet: Fleet, redis_url: str, tmp_path: Path) -> None:
+    # Celery takes `--pool prefork` for its own default, which our celeryconfig replaces; `processes` is the same pool.
+    prefork = fleet.start("--pool", "processes", "-c", "2", "-Q", "ferrum.task")
+    threads = fleet.start("-Q", "ferrum.tool")
+    steps: dict[str, Any] = {
+        "a": {"type": "task", "task": "user.echo", "input": {"value": 1}},
+        "b": {"type": "tool", "tool": "effects.append", "input": {"text": "b{{ a }}"}},
+        "c": {"type": "task", "task": "user.echo", "input": {"value": 2}},
+        "d": {"type": "task", "task": "user.echo", "input": {"value": "{{ [b.written, c] }}"}},
+    }
+    run_id = ferrum.submit({"name": "x", "steps": steps, "outputs": {"r": "{{ d }}"}})
+    assert ferrum.wait(run_id, timeout_s=30) == {"r": ["b1", 2]}
+    assert lines(tmp_path / "effects.log") == [f"{run_id}.b"]
+    by = {event.step: _pid(event) for event in happened(run_id, "step.started")}
+    assert by["b"] == threads.pid
+    assert not {by["a"], by["c"], by["d"]} & {threads.pid, prefork.pid}
+    assert_events_agree(redis_url, run_id)
+
+
+def _refused(fleet: Fleet, **environ: str) -> str:
+    """What a worker says that does not start."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "celery", "-A", "ferrum", "worker"],
+        env={**fleet.environ, **environ}, cwd=fleet.home, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode not in (0, None), done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_worker_refuses_a_celeryconfig_with_which_it_would_lose_steps(fleet: Fleet, tmp_path: Path) -> None:
+    (tmp_path / "celeryconfig.py").write_text("task_acks_late = False\n")
+    said = _refused(fleet, PYTHONPATH=f"{tmp_path}:{fleet.environ['PYTHONPATH']}")
+    assert "the celeryconfig that was found sets task_acks_late = False; ferrum needs True" in said
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"FERRUM_LEESE": "1"}, "FERRUM_LEESE is not a setting of ferrum (did you mean 'FERRUM_LEASE'?)"),
+        ({"FERRUM_POLICY": "nowhere.yaml"}, "nowhere.yaml: the policy cannot be read"),
+    ],
+)
+def test_a_worker_refuses_settings_that_it_does_not_understand(
+    fleet: Fleet, environ: dict[str, str], message: str
+) -> None:
+    said = _refused(fleet, **environ)
+    # Celery shows where it happened; what is wrong stands last.
+    assert message in said.strip().splitlines()[-1]
