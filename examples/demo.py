@@ -8,6 +8,7 @@ kept, under `.state/demo`.
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import sys
@@ -164,13 +165,30 @@ def ask(event: StepWaiting) -> bool:
 
     print(f"\n{shown(event.message).rstrip()}\n")
     if sys.stdin.isatty():
-        approved, by = click.confirm("yes?", default=True), os.environ.get("USER") or "you"
+        approved, by = said_yes(), os.environ.get("USER") or "you"
     else:
         print("no terminal to ask at: the demo says yes by itself")
         approved, by = True, "demo"
     with suppress(Conflict):
         decide(event.run_id, event.step, approved=approved, by=by, note="")
     return approved
+
+
+def said_yes() -> bool:
+    """Ask at the terminal; just Enter is a yes.
+
+    Not by `input`: a Ctrl-C in the instant before that blocks is heard only at the next key.
+    """
+    while True:
+        print("yes? [Y/n]: ", end="", flush=True)
+        while not select.select([sys.stdin], [], [], 0.2)[0]:
+            pass
+        line = os.read(sys.stdin.fileno(), 1000)
+        answer = line.decode(errors="replace").strip().lower()
+        if not line:
+            raise KeyboardInterrupt
+        if answer in ("", "y", "yes", "n", "no"):
+            return answer[:1] != "n"
 
 
 def cancel(run_id: str) -> None:
