@@ -233,16 +233,18 @@ class Over(Exception):
     """The run ended, because an act would have passed a limit of its budget."""
 
 
-class _Script:
-    def __init__(self, name: str) -> None:
+class Script:
+    """One Lua script, of these files one after the other."""
+
+    def __init__(self, *names: str) -> None:
         room = resources.files("ferrum") / "lua"
-        self.text = (room / "lib.lua").read_text() + (room / f"{name}.lua").read_text()
+        self.text = "".join((room / f"{name}.lua").read_text() for name in names)
         self.sha = sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 
 
 @cache
-def _script(name: str) -> _Script:
-    return _Script(name)
+def _script(name: str) -> Script:
+    return Script("lib", name)
 
 
 def _wire(usage: Usage) -> dict[str, int]:
@@ -254,8 +256,8 @@ def _dumps(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
-class Record:
-    """The record, through one Redis client. Safe to share between threads."""
+class Connection:
+    """One Redis client, its scripts, and patience with a Redis that is away. Safe to share between threads."""
 
     def __init__(self, url: str, *, patience_s: float = 5.0, connections: int = 256) -> None:
         """`patience_s`: how long a call outlasts a Redis that is away before it raises `Unavailable`."""
@@ -263,11 +265,46 @@ class Record:
             url, decode_responses=True, retry=Retry(NoBackoff(), 0), max_connections=connections, socket_timeout=30
         )
         self._patience_s = patience_s
-        self._forgotten_to: dict[int, int] = {}
 
     def close_connections(self) -> None:
         self._redis.close()
         self._redis.connection_pool.disconnect()
+
+    def _evaluate(self, script: Script, base: str, *arguments: str | int) -> list[Any]:
+        def once() -> list[Any]:
+            try:
+                return cast("list[Any]", self._redis.evalsha(script.sha, 1, base, *arguments))
+            except redis.exceptions.NoScriptError:
+                return cast("list[Any]", self._redis.eval(script.text, 1, base, *arguments))
+
+        return self._patiently(once)
+
+    def _at_once(self, fill: Callable[[Pipeline], None], *, transaction: bool = False) -> list[Any]:
+        """The replies to several commands. A pipeline that was executed is empty, so a new one is filled each time."""
+        pipe = self._redis.pipeline(transaction=transaction)
+        fill(pipe)
+        return pipe.execute()
+
+    def _patiently(self, call: Callable[[], _T]) -> _T:
+        deadline = 0.0
+        while True:
+            try:
+                return call()
+            except _NOT_NOW as error:
+                deadline = deadline or time.monotonic() + self._patience_s
+                if time.monotonic() >= deadline:
+                    raise Unavailable(
+                        f"Redis does not answer ({type(error).__name__}); is it running, and not full?"
+                    ) from error
+                time.sleep(random.uniform(0.05, 0.25))  # noqa: S311
+
+
+class Record(Connection):
+    """The record, through one Redis client. Safe to share between threads."""
+
+    def __init__(self, url: str, *, patience_s: float = 5.0, connections: int = 256) -> None:
+        super().__init__(url, patience_s=patience_s, connections=connections)
+        self._forgotten_to: dict[int, int] = {}
 
     # What a run goes through.
 
@@ -629,34 +666,7 @@ class Record:
         return self._eval(name, base_of(run_id), *arguments)
 
     def _eval(self, name: str, base: str, *arguments: str | int) -> list[Any]:
-        script = _script(name)
-
-        def once() -> list[Any]:
-            try:
-                return cast("list[Any]", self._redis.evalsha(script.sha, 1, base, *arguments))
-            except redis.exceptions.NoScriptError:
-                return cast("list[Any]", self._redis.eval(script.text, 1, base, *arguments))
-
-        return self._patiently(once)
-
-    def _at_once(self, fill: Callable[[Pipeline], None], *, transaction: bool = False) -> list[Any]:
-        """The replies to several commands. A pipeline that was executed is empty, so a new one is filled each time."""
-        pipe = self._redis.pipeline(transaction=transaction)
-        fill(pipe)
-        return pipe.execute()
-
-    def _patiently(self, call: Callable[[], _T]) -> _T:
-        deadline = 0.0
-        while True:
-            try:
-                return call()
-            except _NOT_NOW as error:
-                deadline = deadline or time.monotonic() + self._patience_s
-                if time.monotonic() >= deadline:
-                    raise Unavailable(
-                        f"Redis does not answer ({type(error).__name__}); is it running, and not full?"
-                    ) from error
-                time.sleep(random.uniform(0.05, 0.25))  # noqa: S311
+        return self._evaluate(_script(name), base, *arguments)
 
 
 def _claimed(reply: list[Any]) -> Claimed:
