@@ -2,20 +2,42 @@
 
 from ferrum.workflow.check import COMMON
 from ferrum.workflow.schema import workflow_schema
-from ferrum.workflow.spec import Budget, Defaults, Duration, InputSpec, Retry, Step, Timeout, Workflow, seconds
+from ferrum.workflow.spec import (
+    Budget,
+    Cache,
+    Concurrency,
+    Defaults,
+    Duration,
+    InputSpec,
+    Rate,
+    Repeat,
+    Retry,
+    Route,
+    Step,
+    Timeout,
+    Workflow,
+    inner_needs,
+    seconds,
+)
 from ferrum.workflow.text import Format
 
 __all__ = [
     "COMMON",
     "Budget",
+    "Cache",
+    "Concurrency",
     "Defaults",
     "Duration",
     "Format",
     "InputSpec",
+    "Rate",
+    "Repeat",
     "Retry",
+    "Route",
     "Step",
     "Timeout",
     "Workflow",
+    "inner_needs",
     "seconds",
     "workflow_schema",
 ]

@@ -6,7 +6,7 @@ Works on the author's own mapping, whatever its shape, so that a file with one w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Final
@@ -18,7 +18,12 @@ from ferrum.expressions import RESERVED_NAMES, Condition, Template
 from ferrum.workflow.text import Places, Where
 
 #: What any step may say; everything else belongs to its type.
-COMMON: Final = ("type", "needs", "when", "retry", "timeout")
+COMMON: Final = (
+    *("type", "needs", "when", "retry", "timeout", "deadline", "on_error", "for_each", "as", "max_parallel"),
+    *("repeat", "fallback", "compensate", "cache", "concurrency", "rate"),
+)
+#: The types that are made of steps, and where those stand.
+BODIES: Final[Mapping[str, str]] = {"block": "steps", "switch": "cases", "router": "among"}
 
 #: Keywords of JSON Schema that may stand beside an input's `type`.
 INPUT_KEYWORDS: Final = (
@@ -36,6 +41,35 @@ _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _MAX_NAME: Final = 64
 #: Longest cycle that is shown in full.
 _SHOWN_OF_CYCLE: Final = 20
+
+
+def kind_of(step: Mapping[str, object]) -> object:
+    """The type that a step is of: what it says, or a block where it only has `steps`; `None` where nothing tells."""
+    return step.get("type", "block" if "steps" in step else None)
+
+
+def parts_of(kind: object) -> tuple[str, ...]:
+    """The keys of a step of this type that hold steps, besides those that any type may have."""
+    if not isinstance(kind, str) or kind not in BODIES:
+        return ()
+    return (BODIES[kind], "default") if kind == "switch" else (BODIES[kind],)
+
+
+#: Names in ids of steps that mean something else than what the author called so.
+_SET_ASIDE: Final = re.compile(r"default|compensate|(case|fallback)[0-9]+")
+
+
+def labels(cases: Iterable[str]) -> dict[str, str]:
+    """What each case of a switch is called in ids: its text where that is a name, else `case` and its number."""
+    return {
+        text: text if _is_name(text) and not _SET_ASIDE.fullmatch(text) else f"case{number}"
+        for number, text in enumerate(cases, 1)
+    }
+
+
+def index_name(item: str) -> str:
+    """What the index is called where the item of a `for_each` is called so."""
+    return "index" if item == "item" else f"{item}_index"
 
 
 def problems(workflow: Mapping[str, JsonValue], places: Places) -> Iterator[Problem]:
@@ -96,7 +130,9 @@ class _Check:
         when = step.get("when")
         if isinstance(when, str):
             yield from self._expression(when, (*where, "when"), name)
-        params = {key: value for key, value in step.items() if key not in COMMON}
+        if kind_of(step) in (*BODIES, "workflow") or step.keys() & {"for_each", "repeat"}:
+            return
+        params = {key: value for key, value in step.items() if key not in (*COMMON, *parts_of(kind_of(step)))}
         yield from self._expressions(params, where, name)
 
     def _needs(self, name: str, needs: Sequence[JsonValue]) -> Iterator[Problem]:

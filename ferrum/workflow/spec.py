@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
@@ -32,7 +32,7 @@ from pydantic_core import ErrorDetails
 from ferrum.errors import InputError, Problem, WorkflowError, did_you_mean
 from ferrum.expressions import Condition, Template
 from ferrum.workflow import check
-from ferrum.workflow.text import MAX_BYTES, Format, Places, plain, read
+from ferrum.workflow.text import MAX_BYTES, Format, Places, Where, plain, read
 
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION: Final = re.compile(r"(?:\d{1,12}(?:\.\d{1,12})?(?:ms|[smhd]))+", re.ASCII)
@@ -96,6 +96,10 @@ class Budget(_Part):
     wall_time: Timeout | None = Field(None, description="Time of the run; not while only people are waited for.")
 
 
+#: The failures that a `retry` may choose from; `error` is any other that may pass.
+FailureKind: TypeAlias = Literal["timeout", "rate_limit", "unavailable", "error"]
+
+
 class Retry(_Part):
     """How often a step is tried and how long is waited in between."""
 
@@ -103,6 +107,12 @@ class Retry(_Part):
     backoff: Duration = Field(1.0, description="The longest wait before the second try.")
     factor: float = Field(2.0, ge=1, le=100, description="By how much each further wait may be longer.")
     max_delay: Duration = Field(60.0, description="No wait is longer, unless the other side asks for it.")
+    on: tuple[FailureKind, ...] | None = Field(
+        None,
+        min_length=1,
+        strict=False,
+        description="Which failures are tried again; without it all that may pass.",
+    )
 
     def delay(self, attempt: int, random: float, retry_after_s: float | None = None) -> float:
         """Seconds to wait after try number `attempt` (1 for the first) has failed: full jitter.
@@ -178,18 +188,92 @@ class InputSpec(_Part):
         return value
 
 
-class Step(_Part):
-    """One node of a workflow."""
+class Repeat(_Part):
+    """Rounds of the same step, one after the other."""
 
+    until: str = Field(description="CEL without braces, asked after each round: whether that was the last one.")
+    max: int = Field(ge=1, le=100_000, description="Most rounds.")
+    on_max: Literal["fail", "pass"] = Field(
+        "fail", description="What the step does when `until` was not true in the last round either."
+    )
+
+
+class Cache(_Part):
+    """When the output of another run is taken."""
+
+    key: JsonValue = Field(description="What the output depends on, usually with expressions.")
+    ttl: Timeout = Field(description="How long an output may be taken again.")
+    scope: Literal["workflow", "global"] = Field(
+        "workflow", description="Who shares it: runs of the same workflow, or of all workflows."
+    )
+
+
+class Concurrency(_Part):
+    """How many steps of the same key are run at the same time, in all runs."""
+
+    key: str = Field(min_length=1, description="Which steps count together; may hold expressions.")
+    limit: int = Field(ge=1, description="Most steps at the same time.")
+
+
+class Rate(_Part):
+    """How many steps of the same key are started in a time, in all runs."""
+
+    key: str = Field(min_length=1, description="Which steps count together; may hold expressions.")
+    limit: int = Field(ge=1, description="Most starts within `per`.")
+    per: Timeout = Field(description="The time that the starts are counted in.")
+
+
+class Route(_Part):
+    """What a router knows of one step that it may choose."""
+
+    tier: int | None = Field(None, description="How good it is: more is better.")
+    cost: float | None = Field(None, ge=0, allow_inf_nan=False, description="What one use costs, in any one unit.")
+    latency: float | None = Field(None, ge=0, allow_inf_nan=False, description="How long one use takes, in ms.")
+    target: str | None = Field(
+        None, min_length=1, description="What its health is kept under. Default: its model, its tool server, its name."
+    )
+
+
+class Step(_Part):
+    """One node of a workflow, or of what is inside another step."""
+
+    model_config = ConfigDict(validate_by_name=True)
+
+    #: Its own name, without those of the steps around it: the key that it stands under. For what has none: `default`,
+    #: `fallback1`, …, `compensate`, and for a case that is no name `case1`, …; see `check.label`.
     id: str
     type: str = Field(min_length=1)
-    #: Steps that have to be over before, besides those that its expressions refer to.
+    #: Steps beside it that have to be over before, besides those that its expressions refer to.
     needs: tuple[str, ...] = Field((), strict=False)
     #: A bare expression; the step is skipped where it is false.
     when: str | None = None
     retry: Retry | None = None
     #: Longest time of one attempt, in seconds.
     timeout: Timeout | None = None
+    #: Longest time from when it was ready until it is over, all attempts and waits included, in seconds.
+    deadline: Timeout | None = None
+    on_error: Literal["fail", "continue", "fail_fast", "collect"] | None = None
+    #: A list, or a template that gives one; see `has_for_each`.
+    for_each: JsonValue = None
+    #: What an item of `for_each` is called; its index is this and `_index`, except for `item`, where it is `index`.
+    item: str = Field("item", alias="as")
+    max_parallel: int | None = Field(None, ge=1)
+    repeat: Repeat | None = None
+    fallback: tuple[Step, ...] = Field((), strict=False)
+    compensate: Step | None = None
+    cache: Cache | None = None
+    concurrency: Concurrency | None = None
+    rate: Rate | None = None
+    #: What is inside a `block`, in the order of the file.
+    steps: dict[str, Step] = Field(default_factory=dict)
+    #: What a `switch` chooses from, by the text that the value is compared with.
+    cases: dict[str, Step] = Field(default_factory=dict)
+    #: What a `switch` runs where no case is the value's.
+    default: Step | None = None
+    #: What a `router` chooses from.
+    among: dict[str, Step] = Field(default_factory=dict)
+    #: Only where it is among those of a router.
+    route: Route | None = None
     #: All that the step's type makes sense of.
     params: dict[str, JsonValue] = Field(default_factory=dict)
 
@@ -200,15 +284,105 @@ class Step(_Part):
             raise ValueError(f"{taken[0]!r} is the same for all steps and no parameter of a type")
         return params
 
+    @property
+    def has_for_each(self) -> bool:
+        return "for_each" in self.model_fields_set
+
+    @property
+    def index(self) -> str:
+        """What the index of an item is called."""
+        return check.index_name(self.item)
+
+    @property
+    def templates(self) -> dict[str, JsonValue]:
+        """Those of its `params` that may hold expressions: all but an inline workflow, whose own they are."""
+        if self.type != "workflow":
+            return self.params
+        return {name: value for name, value in self.params.items() if name != "workflow"}
+
+    @property
+    def inner(self) -> Iterator[tuple[Where, Step]]:
+        """The steps directly inside, each with the way to it in the file: `("steps", "sum")`, `("fallback", 0)`."""
+        for body in check.BODIES.values():
+            yield from (((body, name), step) for name, step in getattr(self, body).items())
+        if self.default is not None:
+            yield ("default",), self.default
+        yield from ((("fallback", index), step) for index, step in enumerate(self.fallback))
+        if self.compensate is not None:
+            yield ("compensate",), self.compensate
+
+    @cached_property
+    def own_references(self) -> frozenset[str]:
+        """The names that its own expressions refer to, those of the steps inside left out."""
+        until = _condition(self.repeat.until) if self.repeat else frozenset()
+        return (
+            _condition(self.when)
+            | _names(self.for_each)
+            | _names(self.cache.key if self.cache else None)
+            | self._act_references
+            | until
+        )
+
     @cached_property
     def references(self) -> frozenset[str]:
-        """The names that its parameters and its condition refer to: steps, and `input`."""
-        condition = Condition.compile(self.when).references if self.when is not None else frozenset()
-        return Template.compile(self.params).references | condition
+        """The names that it and all that is inside it take from around it: steps, `input`, names of loops around."""
+        inside = self._act_references | _union(self.steps.values()) - self.steps.keys()
+        inside |= _union([*self.cases.values(), *self.among.values(), *filter(None, [self.default])])
+        if self.repeat:
+            inside |= _condition(self.repeat.until) - {self.id} - self.steps.keys()
+            inside -= {"round", "previous"}
+        inside |= _names(self.cache.key if self.cache else None)
+        inside |= _union(self.fallback) - {"error"}
+        if self.compensate:
+            inside |= self.compensate.references - {"output", "params"}
+        if self.has_for_each:
+            inside -= {self.item, self.index}
+        return inside | _names(self.for_each) | _condition(self.when)
+
+    @cached_property
+    def _act_references(self) -> frozenset[str]:
+        """Those of what is evaluated anew in each round."""
+        keys = [limit.key for limit in (self.concurrency, self.rate) if limit]
+        return _names(self.templates) | _names(list[JsonValue](keys))
 
     def to_dict(self) -> dict[str, JsonValue]:
-        common = self.model_dump(mode="json", exclude_defaults=True, exclude={"id", "params"})
-        return {**common, **self.params}
+        """The step as an author would write it, without its name."""
+        parts: dict[str, JsonValue] = {}
+        for body in check.BODIES.values():
+            if steps := getattr(self, body):
+                parts[body] = {name: step.to_dict() for name, step in steps.items()}
+        if self.fallback:
+            parts["fallback"] = [step.to_dict() for step in self.fallback]
+        for part, step in (("default", self.default), ("compensate", self.compensate)):
+            if step is not None:
+                parts[part] = step.to_dict()
+        own = self.model_dump(mode="json", exclude_defaults=True, by_alias=True, exclude=_NOT_DUMPED)
+        route = self.route.model_dump(mode="json", exclude_defaults=True) if self.route else {}
+        return {**own, **route, **parts, **self.params}
+
+
+_NOT_DUMPED: Final = {"id", "params", "route", "steps", "cases", "default", "among", "fallback", "compensate"}
+
+
+def _names(value: JsonValue) -> frozenset[str]:
+    return Template.compile(value).references
+
+
+def _condition(text: str | None) -> frozenset[str]:
+    return frozenset() if text is None else Condition.compile(text).references
+
+
+def _union(steps: Iterable[Step]) -> frozenset[str]:
+    return frozenset[str]().union(*(step.references for step in steps))
+
+
+def inner_needs(steps: Mapping[str, Step]) -> dict[str, tuple[str, ...]]:
+    """For each step of one body those beside it that have to be over before, in the order of the file."""
+    order = {name: number for number, name in enumerate(steps)}
+    return {
+        name: tuple(sorted((set(step.needs) | step.references) & order.keys(), key=order.__getitem__))
+        for name, step in steps.items()
+    }
 
 
 def _name(value: str) -> str:
@@ -225,6 +399,10 @@ class Workflow(_Part):
     description: str = ""
     inputs: dict[str, InputSpec] = Field(default_factory=dict)
     budget: Budget | None = None
+    #: The run fails when it is not over by then, in seconds from its start.
+    deadline: Timeout | None = None
+    #: 9 is most urgent.
+    priority: int = Field(5, ge=0, le=9)
     defaults: Defaults = Defaults()
     #: In the order of the file.
     steps: dict[str, Step] = Field(min_length=1)
@@ -299,11 +477,7 @@ class Workflow(_Part):
 
     @cached_property
     def _needs_by_step(self) -> Mapping[str, tuple[str, ...]]:
-        order = {name: number for number, name in enumerate(self.steps)}
-        return {
-            name: tuple(sorted((set(step.needs) | step.references) & order.keys(), key=order.__getitem__))
-            for name, step in self.steps.items()
-        }
+        return inner_needs(self.steps)
 
     def check_input(self, input: Mapping[str, object]) -> dict[str, JsonValue]:
         """The input of a run with defaults filled in.
@@ -342,6 +516,10 @@ class Workflow(_Part):
             value["inputs"] = {name: spec.to_dict() for name, spec in self.inputs.items()}
         if self.budget is not None:
             value["budget"] = self.budget.model_dump(mode="json", exclude_defaults=True)
+        if self.deadline is not None:
+            value["deadline"] = self.deadline
+        if self.priority != 5:
+            value["priority"] = self.priority
         if self.defaults != Defaults():
             value["defaults"] = self.defaults.model_dump(mode="json", exclude_defaults=True)
         value["steps"] = {name: step.to_dict() for name, step in self.steps.items()}
@@ -369,12 +547,37 @@ def _input_fields(value: object) -> object:
     return {**fields, "keywords": keywords}
 
 
-def _step_fields(name: str, value: object) -> object:
-    """A step as it is written, in the fields of `Step`."""
+def _step_fields(name: str, value: object, routed: bool = False) -> object:
+    """A step as it is written, in the fields of `Step`; `routed` where a router may choose it."""
     if not isinstance(value, dict):
         return value
-    common = {key: item for key, item in value.items() if key in check.COMMON}
-    return {**common, "id": name, "params": {key: item for key, item in value.items() if key not in check.COMMON}}
+    kind = check.kind_of(value)
+    fields: dict[str, object] = {"id": name, **({"type": kind} if kind is not None else {})}
+    params: dict[str, object] = {}
+    route: dict[str, object] = {}
+    for key, item in value.items():
+        if key in check.COMMON or key in check.parts_of(kind):
+            fields[key] = _inner_fields(key, item)
+        elif routed and key in Route.model_fields:
+            route[key] = item
+        else:
+            params[key] = item
+    return {**fields, "params": params, **({"route": route} if routed else {})}
+
+
+def _inner_fields(key: str, value: object) -> object:
+    """What stands under a key of a step, with the steps in it in the fields of `Step`."""
+    match key, value:
+        case "steps" | "among", dict():
+            return {name: _step_fields(name, one, key == "among") for name, one in value.items()}
+        case "cases", dict():
+            labels = check.labels(value)
+            return {text: _step_fields(labels[text], one) for text, one in value.items()}
+        case "fallback", list():
+            return [_step_fields(f"fallback{number}", one) for number, one in enumerate(value, 1)]
+        case "default" | "compensate", _:
+            return _step_fields(key, value)
+    return value
 
 
 def _has_reference(value: JsonValue) -> bool:
@@ -408,7 +611,15 @@ def _problem(error: ErrorDetails, places: Places) -> Problem:
 
 def _known(where: tuple[int | str, ...]) -> list[str]:
     """What may stand in a part of a workflow."""
-    parts: dict[str, type[BaseModel]] = {"budget": Budget, "defaults": Defaults, "retry": Retry}
+    parts: dict[str, type[BaseModel]] = {
+        "budget": Budget,
+        "defaults": Defaults,
+        "retry": Retry,
+        "repeat": Repeat,
+        "cache": Cache,
+        "concurrency": Concurrency,
+        "rate": Rate,
+    }
     part = parts[str(where[-1])] if where else Workflow
     return list(part.model_fields)
 
