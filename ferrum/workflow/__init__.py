@@ -1,6 +1,6 @@
 """The spec: what an author may write, in YAML, JSON or Python; text in, value or error with line and column out."""
 
-from ferrum.workflow.check import COMMON
+from ferrum.workflow.parts import COMMON, labels
 from ferrum.workflow.schema import workflow_schema
 from ferrum.workflow.spec import (
     Budget,
@@ -38,6 +38,7 @@ __all__ = [
     "Timeout",
     "Workflow",
     "inner_needs",
+    "labels",
     "seconds",
     "workflow_schema",
 ]

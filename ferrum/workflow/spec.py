@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from os import PathLike
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from jsonschema import Draft202012Validator
@@ -31,8 +31,9 @@ from pydantic_core import ErrorDetails
 
 from ferrum.errors import InputError, Problem, WorkflowError, did_you_mean
 from ferrum.expressions import Condition, Template
-from ferrum.workflow import check
-from ferrum.workflow.text import MAX_BYTES, Format, Places, Where, plain, read
+from ferrum.workflow import check, parts
+from ferrum.workflow.files import gathered
+from ferrum.workflow.text import Format, Places, Where, plain, read
 
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION: Final = re.compile(r"(?:\d{1,12}(?:\.\d{1,12})?(?:ms|[smhd]))+", re.ASCII)
@@ -240,7 +241,7 @@ class Step(_Part):
     model_config = ConfigDict(validate_by_name=True)
 
     #: Its own name, without those of the steps around it: the key that it stands under. For what has none: `default`,
-    #: `fallback1`, …, `compensate`, and for a case that is no name `case1`, …; see `check.label`.
+    #: `fallback1`, …, `compensate`, and for a case that is no name `case1`, …; see `parts.label`.
     id: str
     type: str = Field(min_length=1)
     #: Steps beside it that have to be over before, besides those that its expressions refer to.
@@ -280,7 +281,7 @@ class Step(_Part):
     @field_validator("params")
     @classmethod
     def _no_common_names(cls, params: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        if taken := [name for name in params if name in check.COMMON]:
+        if taken := [name for name in params if name in parts.COMMON]:
             raise ValueError(f"{taken[0]!r} is the same for all steps and no parameter of a type")
         return params
 
@@ -291,7 +292,7 @@ class Step(_Part):
     @property
     def index(self) -> str:
         """What the index of an item is called."""
-        return check.index_name(self.item)
+        return parts.index_name(self.item)
 
     @property
     def templates(self) -> dict[str, JsonValue]:
@@ -303,7 +304,7 @@ class Step(_Part):
     @property
     def inner(self) -> Iterator[tuple[Where, Step]]:
         """The steps directly inside, each with the way to it in the file: `("steps", "sum")`, `("fallback", 0)`."""
-        for body in check.BODIES.values():
+        for body in parts.BODIES.values():
             yield from (((body, name), step) for name, step in getattr(self, body).items())
         if self.default is not None:
             yield ("default",), self.default
@@ -347,18 +348,18 @@ class Step(_Part):
 
     def to_dict(self) -> dict[str, JsonValue]:
         """The step as an author would write it, without its name."""
-        parts: dict[str, JsonValue] = {}
-        for body in check.BODIES.values():
+        inside: dict[str, JsonValue] = {}
+        for body in parts.BODIES.values():
             if steps := getattr(self, body):
-                parts[body] = {name: step.to_dict() for name, step in steps.items()}
+                inside[body] = {name: step.to_dict() for name, step in steps.items()}
         if self.fallback:
-            parts["fallback"] = [step.to_dict() for step in self.fallback]
+            inside["fallback"] = [step.to_dict() for step in self.fallback]
         for part, step in (("default", self.default), ("compensate", self.compensate)):
             if step is not None:
-                parts[part] = step.to_dict()
+                inside[part] = step.to_dict()
         own = self.model_dump(mode="json", exclude_defaults=True, by_alias=True, exclude=_NOT_DUMPED)
         route = self.route.model_dump(mode="json", exclude_defaults=True) if self.route else {}
-        return {**own, **route, **parts, **self.params}
+        return {**own, **route, **inside, **self.params}
 
 
 _NOT_DUMPED: Final = {"id", "params", "route", "steps", "cases", "default", "among", "fallback", "compensate"}
@@ -421,16 +422,11 @@ class Workflow(_Part):
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Workflow:
-        """A workflow from a file. Raises `WorkflowError`, also for a file that cannot be read."""
-        source = str(path)
-        try:
-            with Path(path).open("rb") as file:
-                text = file.read(MAX_BYTES + 1).decode()
-        except OSError as error:
-            raise WorkflowError([Problem(f"the file cannot be read: {error.strerror}")], source) from error
-        except UnicodeDecodeError as error:
-            raise WorkflowError([Problem(f"the file is not UTF-8: byte {error.start} is none")], source) from error
-        return cls.parse(text, source)
+        """A workflow from a file, with the files that its steps name in their places.
+
+        Raises `WorkflowError`, also for a file that cannot be read.
+        """
+        return cls._built(*gathered(path))
 
     @classmethod
     def of(cls, value: Mapping[str, object]) -> Workflow:
@@ -439,18 +435,50 @@ class Workflow(_Part):
 
     @classmethod
     def _built(cls, value: JsonValue, places: Places) -> Workflow:
-        if not isinstance(value, dict):
-            raise WorkflowError([places.problem("a workflow is a mapping with a `name` and `steps`")], places.source)
-        workflow, problems = None, list(islice(check.problems(value, places), _MAX_PROBLEMS))
-        try:
-            workflow = cls.model_validate(value)
-        except ValidationError as error:
-            problems += (_problem(one, places) for one in error.errors(include_url=False))
+        workflow, found = cls._examined(value, places)
+        problems = list(islice(found, _MAX_PROBLEMS))
         if problems or workflow is None:
             ordered = sorted(dict.fromkeys(problems), key=lambda problem: (problem.line, problem.column))
             raise WorkflowError(ordered, places.source)
         workflow._places = places
         return workflow
+
+    @classmethod
+    def _examined(cls, value: JsonValue, places: Places) -> tuple[Workflow | None, Iterator[Problem]]:
+        """The workflow that a value is, if it is of that shape, and all that is wrong with it."""
+        if not isinstance(value, dict):
+            return None, iter([places.problem("a workflow is a mapping with a `name` and `steps`")])
+        try:
+            workflow, shape = cls.model_validate(value), []
+        except ValidationError as error:
+            workflow, shape = None, [_problem(one, places) for one in error.errors(include_url=False)]
+        return workflow, chain(check.problems(value, places), shape, cls._inline_problems(value, places))
+
+    @classmethod
+    def _inline_problems(cls, value: parts.Written, places: Places) -> Iterator[Problem]:
+        """What is wrong with the workflows that stand in a workflow, and with what they are given."""
+        for where, step in parts.walk(value):
+            document = step.get("workflow")
+            if parts.kind_of(step) == "workflow" and isinstance(document, dict):
+                inline, found = cls._examined(document, places.below(*where, "workflow"))
+                yield from found
+                if inline is not None:
+                    given = step.get("input", {})
+                    yield from (places.problem(reason, *where, *way) for reason, way in inline._misgiven(given))
+
+    def _misgiven(self, given: JsonValue) -> Iterator[tuple[str, Where]]:
+        """What keeps the `input` of a step from being this workflow's, as far as that can be told before it runs."""
+        if not isinstance(given, dict):
+            return
+        for name, value in given.items():
+            if (spec := self.inputs.get(name)) is None:
+                hint = did_you_mean(name, self.inputs) or " (it declares no `inputs`)"
+                yield f"{self.name!r} has no input {name!r}{hint}", ("input", name)
+            elif "{{" not in json.dumps(value):
+                yield from ((problem, ("input", name)) for problem in spec.problems(value))
+        for name, spec in self.inputs.items():
+            if spec.required and name not in given:
+                yield f"the input {name!r} of {self.name!r} is missing", ("input",)
 
     @field_validator("inputs", mode="before")
     @classmethod
@@ -551,12 +579,12 @@ def _step_fields(name: str, value: object, routed: bool = False) -> object:
     """A step as it is written, in the fields of `Step`; `routed` where a router may choose it."""
     if not isinstance(value, dict):
         return value
-    kind = check.kind_of(value)
+    kind = parts.kind_of(value)
     fields: dict[str, object] = {"id": name, **({"type": kind} if kind is not None else {})}
     params: dict[str, object] = {}
     route: dict[str, object] = {}
     for key, item in value.items():
-        if key in check.COMMON or key in check.parts_of(kind):
+        if key in parts.COMMON or key in parts.parts_of(kind):
             fields[key] = _inner_fields(key, item)
         elif routed and key in Route.model_fields:
             route[key] = item
@@ -571,7 +599,7 @@ def _inner_fields(key: str, value: object) -> object:
         case "steps" | "among", dict():
             return {name: _step_fields(name, one, key == "among") for name, one in value.items()}
         case "cases", dict():
-            labels = check.labels(value)
+            labels = parts.labels(value)
             return {text: _step_fields(labels[text], one) for text, one in value.items()}
         case "fallback", list():
             return [_step_fields(f"fallback{number}", one) for number, one in enumerate(value, 1)]
@@ -601,17 +629,31 @@ _WANTED: Final = {
 }
 
 
+_MISSING: Final[Mapping[tuple[int | str, ...], str]] = {
+    ("repeat", "max"): "'max' is missing: a loop has to end, so say how many rounds at most",
+    ("repeat", "until"): "'until' is missing: say when the loop is done",
+}
+
+
 def _problem(error: ErrorDetails, places: Places) -> Problem:
-    where = error["loc"]
+    where = _written(error["loc"])
     if error["type"] == "extra_forbidden":
         hint = did_you_mean(str(where[-1]), _known(where[:-1]))
         return places.problem(f"there is no {where[-1]!r} here{hint}", *where, key=True)
     return places.problem(_sentence(error), *where)
 
 
+def _written(where: tuple[int | str, ...]) -> Where:
+    """Where the author wrote what pydantic found there: what a router knows of a step stands beside all else in it."""
+    for index in range(2, len(where)):
+        if where[index] == "route" and where[index - 2] == "among":
+            return (*where[:index], *where[index + 1 :])
+    return where
+
+
 def _known(where: tuple[int | str, ...]) -> list[str]:
     """What may stand in a part of a workflow."""
-    parts: dict[str, type[BaseModel]] = {
+    known: dict[str, type[BaseModel]] = {
         "budget": Budget,
         "defaults": Defaults,
         "retry": Retry,
@@ -620,7 +662,7 @@ def _known(where: tuple[int | str, ...]) -> list[str]:
         "concurrency": Concurrency,
         "rate": Rate,
     }
-    part = parts[str(where[-1])] if where else Workflow
+    part = known[str(where[-1])] if where else Workflow
     return list(part.model_fields)
 
 
@@ -628,6 +670,8 @@ def _sentence(error: ErrorDetails) -> str:
     kind, given = error["type"], error["input"]
     context: Mapping[str, Any] = error.get("ctx", {})
     if kind == "missing":
+        if error["loc"][-2:] in _MISSING:
+            return _MISSING[error["loc"][-2:]]
         return f"{error['loc'][-1]!r} is missing"
     if kind in _WANTED:
         hint = ": put quotes around it" if kind == "string_type" and isinstance(given, (int, float)) else ""

@@ -11,7 +11,7 @@ import math
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal, TypeAlias
 
 import yaml
@@ -43,12 +43,28 @@ class Places:
     values: Mapping[Where, _Spot] = field(default_factory=dict)
     #: What is scalar: pointed at itself, where a list or a mapping is pointed at by its key.
     scalars: frozenset[Where] = frozenset()
+    #: The parts that were read from other files, which stand there instead of a `file`.
+    files: Mapping[Where, Places] = field(default_factory=dict)
+    #: The part that problems are told the places of from here on.
+    base: Where = ()
+
+    def below(self, *where: str | int) -> Places:
+        """The same for one part: what `problem` is told is then where in it."""
+        return replace(self, base=(*self.base, *where))
 
     def problem(self, message: str, *where: str | int, key: bool = False) -> Problem:
         """A problem with what stands at `where`, or with its key.
 
-        What is not there is pointed at by the nearest part around it that is.
+        What is not there is pointed at by the nearest part around it that is. What is in another file is pointed at
+        there, in a problem with the `file` that names it.
         """
+        where = (*self.base, *where)
+        for length in range(1, len(where) + 1) if self.files else ():
+            if inner := self.files.get(where[:length]):
+                found = inner.problem(message, *where[length:], key=key)
+                where, key = (*where[: length - 1], "file"), False
+                message = str(WorkflowError([found], inner.source))
+                break
         line, column = self._spot(where, key)
         return Problem(message, path_text(where), line, column)
 
