@@ -1,0 +1,150 @@
+"""How Redis is asked to run a Lua script: by its name, and patiently.
+
+A script is one atomic change. Redis may have done it although its answer is lost, so every script is written to be
+asked again; that is what makes it right to be patient.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha1
+from importlib import resources
+from typing import Any, Self, TypeVar, cast
+
+import redis
+
+from ferrum.errors import Unavailable
+
+#: Redis is away, full, or for the moment not the one that takes writes: each passes.
+_NOT_NOW = (
+    redis.exceptions.ConnectionError,
+    redis.exceptions.TimeoutError,
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.ReadOnlyError,
+)
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Who:
+    """The step on whose behalf something that all runs share is asked for."""
+
+    run_id: str
+    step_id: str
+
+    def __str__(self) -> str:
+        """As the scripts know it."""
+        return f"{self.run_id} {self.step_id}"
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """The one that `str` was made of."""
+        run_id, _, step_id = text.partition(" ")
+        return cls(run_id, step_id)
+
+
+@dataclass(frozen=True, slots=True)
+class _Script:
+    text: str
+    sha: str
+
+
+@cache
+def _script(folder: str, name: str) -> _Script:
+    *rooms, last = name.split("/")
+    places = [resources.files("ferrum") / "lua" / folder]
+    for room in rooms:
+        places.append(places[-1] / room)
+    libs = [lib.read_text() for place in places if (lib := place / "lib.lua").is_file()]
+    text = "".join(libs) + (places[-1] / f"{last}.lua").read_text()
+    return _Script(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+class Scripts:
+    """The scripts of one folder, through one Redis client. Safe to share between threads."""
+
+    def __init__(self, client: redis.Redis, patience_s: float = 5.0, *, folder: str = "shared") -> None:
+        """`client` decodes responses. `patience_s`: how long a call outlasts a Redis that is away.
+
+        A script `room/name` is `ferrum/lua/<folder>/room/name.lua`, with the `lib.lua` of the folder and that of the
+        room, where there is one, put before it.
+        """
+        self._redis = client
+        self._patience_s = patience_s
+        self._folder = folder
+
+    def eval(self, name: str, key_base: str, *arguments: str | int) -> Any:
+        """What the script answers. Raises `Unavailable`."""
+        script = _script(self._folder, name)
+
+        def once() -> Any:
+            try:
+                return self._redis.evalsha(script.sha, 1, key_base, *arguments)
+            except redis.exceptions.NoScriptError:
+                return self._redis.eval(script.text, 1, key_base, *arguments)
+
+        return self.patiently(once)
+
+    def eval_each(self, name: str, key_bases: Sequence[str], *arguments: str | int) -> list[Any]:
+        """What the script answers for each of these bases, in one round trip. Raises `Unavailable`."""
+        script = _script(self._folder, name)
+
+        def once() -> list[Any]:
+            # A pipeline that was executed is empty, so each try fills a new one.
+            pipe = self._redis.pipeline(transaction=False)
+            for key_base in key_bases:
+                pipe.evalsha(script.sha, 1, key_base, *arguments)
+            return pipe.execute()
+
+        def known() -> list[Any]:
+            try:
+                return once()
+            except redis.exceptions.NoScriptError:
+                self._redis.script_load(script.text)
+                return once()
+
+        return self.patiently(known)
+
+    def patiently(self, call: Callable[[], _T]) -> _T:
+        """What `call` returns, once Redis answers. Raises `Unavailable` when it does not for too long."""
+        deadline = 0.0
+        while True:
+            try:
+                return call()
+            except _NOT_NOW as error:
+                deadline = deadline or time.monotonic() + self._patience_s
+                if time.monotonic() >= deadline:
+                    raise Unavailable(
+                        f"Redis does not answer ({type(error).__name__}); is it running, and not full?"
+                    ) from error
+                time.sleep(random.uniform(0.05, 0.25))  # noqa: S311
+
+
+class Room:
+    """What the rooms of all that runs share have in common: they ask scripts, and scripts ask what time it is."""
+
+    def __init__(self, scripts: Scripts, clock: Callable[[], float] | None = None) -> None:
+        """`clock`, in seconds, is for tests that move time by hand; everybody else goes by the clock of Redis."""
+        self._scripts = scripts
+        self._clock = clock
+
+    def _ask(self, name: str, key_base: str, *arguments: str | int) -> Any:
+        return self._scripts.eval(name, key_base, self._now(), *arguments)
+
+    def _now(self) -> str:
+        return "" if self._clock is None else str(us(self._clock()))
+
+
+def us(seconds: float) -> int:
+    """The scripts count in microseconds."""
+    return round(seconds * 1_000_000)
+
+
+def whos(texts: object) -> list[Who]:
+    """Those that a script names."""
+    return [Who.of(text) for text in cast("list[str]", texts)]
