@@ -97,6 +97,9 @@ class Session:
         Raises `ToolError`. Its `retry` is true for a tool that answered with an error, and where no answer came only
         if the call surely never left or the tool is marked read-only or idempotent: else the effect may be there.
         """
+        if not self.alive:
+            # Its client knows no server any more, and says so in other words than of one that dies on it.
+            await self._lost(None, f"it was running {tool!r}", "", safe=True)
         spec = self._tools.get(tool) or await self._find(tool)
         written = self._wire.written
         meta = cast(RequestParamsMeta, {IDEMPOTENCY_KEY: key})
@@ -170,6 +173,9 @@ class Session:
         if error.code != CONNECTION_CLOSED:
             message = f"server {self._name!r}: {error.message} while {doing}{doubt}"
             raise ToolError(self._clean(message), safe) from error
+        await self._lost(error, doing, doubt, safe=safe)
+
+    async def _lost(self, error: MCPError | None, doing: str, doubt: str, *, safe: bool) -> NoReturn:
         # The wire knows how the process ended once the owner has left.
         await self.close()
         message = f"server {self._name!r} went away while {doing}{doubt}{self._wire.last_words()}"
