@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 from pydantic import JsonValue
 
@@ -15,8 +15,6 @@ from ferrum.workflow import parts
 from ferrum.workflow.text import MAX_BYTES, MAX_DEPTH, MAX_VALUES, Places, Where, read
 
 _Step: TypeAlias = dict[str, JsonValue]
-
-_TOO_LARGE: Final = "with this file in its place the workflow has more than {} {}"
 
 
 def gathered(path: str | os.PathLike[str]) -> tuple[JsonValue, Places]:
@@ -42,33 +40,39 @@ class _Whole:
 @dataclass(slots=True)
 class _Gathering:
     top: Path
-    #: By their real paths, so that a file that is named often is read once.
+    #: By their real paths, so that a file that is named often is read once, and what is wrong in it said once.
     read: dict[Path, _Whole] = field(default_factory=dict)
+    failed: set[Path] = field(default_factory=set)
 
     def file(self, path: Path, source: str, chain: tuple[Path, ...], depth: int = 0) -> _Whole:
         real = path.resolve()
+        if real in self.failed:
+            raise WorkflowError([], source)
         if real not in self.read:
-            text = _text(path, source)
-            value, places = read(text, source)
-            deepest = max(map(len, places.values))
-            own = _Whole(value, places, len(text.encode()), len(places.values), deepest)
-            self.read[real] = self._filled(own, path, (*chain, path), depth)
+            try:
+                self.read[real] = self._filled(_alone(path, source), path, (*chain, path), depth)
+            except WorkflowError:
+                self.failed.add(real)
+                raise
         return self.read[real]
 
     def _filled(self, whole: _Whole, path: Path, chain: tuple[Path, ...], depth: int) -> _Whole:
         problems: list[Problem] = []
+        failed = False
         for where, step in [*_by_file(whole.value)]:
             try:
                 inner = self._named(step["file"], path, chain, depth + len(where) + 1)
-                whole = _with(whole, inner, where)
             except WorkflowError as error:
+                failed = True
                 problems += (_at(problem, error.source, whole.places, where) for problem in error.problems)
-            else:
-                # In the place of `file`, so that the order of keys stays the author's.
-                items = [("workflow", inner.value) if key == "file" else (key, item) for key, item in step.items()]
-                step.clear()
-                step.update(items)
-        if problems:
+                continue
+            if not failed:
+                whole = _with(whole, inner, where)
+            # In the place of `file`, so that the order of keys stays the author's.
+            items = [("workflow", inner.value) if key == "file" else (key, item) for key, item in step.items()]
+            step.clear()
+            step.update(items)
+        if failed:
             raise WorkflowError(problems, whole.places.source)
         return whole
 
@@ -83,7 +87,7 @@ class _Gathering:
             shown = " -> ".join(os.path.relpath(one, self.top) for one in (*chain[first:], chain[first]))
             raise WorkflowError([Problem(f"these files need each other: {shown}")])
         if depth > MAX_DEPTH:
-            raise WorkflowError([Problem(f"with this file in its place it is nested deeper than {MAX_DEPTH} levels")])
+            raise WorkflowError([Problem(f"with this file in its place the workflow has more than {MAX_DEPTH} levels")])
         return self.file(inner, os.path.normpath(inner), chain, depth)
 
 
@@ -95,16 +99,31 @@ def _by_file(value: JsonValue) -> Iterator[tuple[Where, _Step]]:
             yield where, step
 
 
+def _alone(path: Path, source: str) -> _Whole:
+    text = _text(path, source)
+    value, places = read(text, source)
+    return _Whole(value, places, len(text.encode()), len(places.values), max(map(len, places.values)))
+
+
 def _with(whole: _Whole, inner: _Whole, where: Where) -> _Whole:
-    size, count = whole.size + inner.size, whole.count + inner.count
-    depth = max(whole.depth, len(where) + 1 + inner.depth)
-    for much, most, what in ((size, MAX_BYTES, "bytes"), (count, MAX_VALUES, "values")):
-        if much > most:
-            raise WorkflowError([Problem(_TOO_LARGE.format(most, what))])
-    if depth > MAX_DEPTH:
-        raise WorkflowError([Problem(f"with this file in its place it is nested deeper than {MAX_DEPTH} levels")])
+    """A file with another in its place at `where`. Raises `WorkflowError` where that is too much."""
     places = replace(whole.places, files={**whole.places.files, (*where, "workflow"): inner.places})
-    return _Whole(whole.value, places, size, count, depth)
+    both = _Whole(
+        whole.value,
+        places,
+        whole.size + inner.size,
+        whole.count + inner.count,
+        max(whole.depth, len(where) + 1 + inner.depth),
+    )
+    for much, most, what in (
+        (both.size, MAX_BYTES, "more than {} bytes"),
+        (both.count, MAX_VALUES, "more than {} values"),
+        (both.depth, MAX_DEPTH, "more than {} levels"),
+    ):
+        if much > most:
+            reason = f"with this file in its place the workflow has {what.format(most)}"
+            raise WorkflowError([_at(Problem(reason), "", whole.places, where)], whole.places.source)
+    return both
 
 
 def _at(problem: Problem, source: str, places: Places, where: Where) -> Problem:

@@ -109,7 +109,7 @@ def _router(step: Written) -> Iterator[Broken]:
 
 
 def _router_by(one: JsonValue, where: Where) -> Iterator[Broken]:
-    if isinstance(one, str) and one not in ROUTER_BY:
+    if isinstance(one, str) and one not in ROUTER_BY and "{{" not in one:
         yield f"a router cannot go by {one!r}{did_you_mean(one, ROUTER_BY)}", where
 
 

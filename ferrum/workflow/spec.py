@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain, islice
 from os import PathLike
@@ -327,7 +327,7 @@ class Step(_Part):
     @cached_property
     def references(self) -> frozenset[str]:
         """The names that it and all that is inside it take from around it: steps, `input`, names of loops around."""
-        inside = self._act_references | _union(self.steps.values()) - self.steps.keys()
+        inside = (self._act_references | _union(self.steps.values())) - self.steps.keys()
         inside |= _union([*self.cases.values(), *self.among.values(), *filter(None, [self.default])])
         if self.repeat:
             inside |= _condition(self.repeat.until) - {self.id} - self.steps.keys()
@@ -451,7 +451,7 @@ class Workflow(_Part):
         try:
             workflow, shape = cls.model_validate(value), []
         except ValidationError as error:
-            workflow, shape = None, [_problem(one, places) for one in error.errors(include_url=False)]
+            workflow, shape = None, list(_shape_problems(error.errors(include_url=False), places))
         return workflow, chain(check.problems(value, places), shape, cls._inline_problems(value, places))
 
     @classmethod
@@ -633,6 +633,12 @@ _MISSING: Final[Mapping[tuple[int | str, ...], str]] = {
     ("repeat", "max"): "'max' is missing: a loop has to end, so say how many rounds at most",
     ("repeat", "until"): "'until' is missing: say when the loop is done",
 }
+
+
+def _shape_problems(errors: Sequence[ErrorDetails], places: Places) -> Iterator[Problem]:
+    wheres = {error["loc"][:length] for error in errors for length in range(len(error["loc"]))}
+    # What is wrong with its parts is counted as missing by pydantic.
+    return (_problem(one, places) for one in errors if not (one["type"] == "too_short" and one["loc"] in wheres))
 
 
 def _problem(error: ErrorDetails, places: Places) -> Problem:
