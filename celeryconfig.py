@@ -24,6 +24,9 @@ broker_transport_options: dict[str, Any] = {
     "unacked_restore_interval": 5,
     "unacked_restore_throttle": 1,
     "max_connections": 500,
+    # A list for each priority of a run, 0 first, and within one the queues in turn.
+    "priority_steps": list(range(10)),
+    "queue_order_strategy": "priority",
 }
 # The default gives up after 0.6 s, which would fail a chord while Redis restarts.
 task_publish_retry_policy = {"max_retries": 40, "interval_start": 0.2, "interval_step": 0.2, "interval_max": 2}
@@ -48,6 +51,9 @@ task_ignore_result = True
 worker_send_task_events = False
 
 task_default_queue = "ferrum"
+
+# `celery -A ferrum beat` starts the runs of `ferrum schedule`, beside what `beat_schedule` may say.
+beat_scheduler = "ferrum.schedules:Beat"
 
 
 def task_routes(name: str, *_: object, **__: object) -> dict[str, str] | None:

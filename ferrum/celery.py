@@ -152,6 +152,7 @@ class StepTask(Task):  # type: ignore[misc] # Celery is untyped
         self._follow(outcome)
 
     def _follow(self, outcome: Outcome) -> None:
+        self._send(outcome)
         if outcome.then is Then.WAIT:
             self.send_event("task-waiting")
         if outcome.then in (Then.WAIT, Then.DROP):
@@ -159,9 +160,14 @@ class StepTask(Task):  # type: ignore[misc] # Celery is untyped
         if outcome.then is Then.RETURN:
             raise Reject("this worker is stopping", requeue=True)
         self.request.ferrum_held = outcome.held
-        if outcome.plan is not None:
-            heads = outcome.plan.starting_with(outcome.send.heads)
-            send(app, outcome.run_id, outcome.plan, heads, outcome.send.alone)
+
+    def _send(self, outcome: Outcome) -> None:
+        def plan_of(run_id: str) -> Plan:
+            if outcome.plan is not None and run_id == outcome.run_id:
+                return outcome.plan
+            return process.executor().plan_of(run_id)
+
+        send(app, plan_of, outcome.sends)
 
     def after_return(self, status: str, *_: object) -> None:
         held = getattr(self.request, "ferrum_held", None)
@@ -183,7 +189,13 @@ class StepTask(Task):  # type: ignore[misc] # Celery is untyped
 
 
 for _type in step_types().values():
-    app.register_task(type(f"{_type.name.title()}Step", (StepTask,), {"name": f"ferrum.{_type.name}"})())
+    app.register_task(
+        type(
+            f"{_type.name.title().replace('_', '')}Step",
+            (StepTask,),
+            {"name": f"ferrum.{_type.name}", "queue": _type.queue},
+        )()
+    )
 
 
 @app.task(name="ferrum.run", bind=True, ignore_result=False, typing=False, send_events=True)  # type: ignore[untyped-decorator]
@@ -210,7 +222,7 @@ def run(
     return {"run_id": run_id}
 
 
-_queues = ["ferrum", *(kind.queue for kind in step_types().values())]
+_queues = ["ferrum", *sorted({kind.queue for kind in step_types().values()})]
 app.conf.task_queues = [Queue(name, routing_key=name) for name in _queues]
 install(app, process)
 

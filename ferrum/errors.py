@@ -40,6 +40,9 @@ class StepError(FerrumError):
     Raised inside a step; the executor records it as the step's result.
     """
 
+    #: What `retry.on` calls it: `timeout`, `rate_limit`, `unavailable`, or `error` for all else.
+    kind = "error"
+
     def __init__(self, message: str, retry: bool = False, retry_after_s: float | None = None) -> None:
         super().__init__(message, retry, retry_after_s)
         self.message = message
@@ -109,6 +112,8 @@ class Conflict(AuthorError):
 
 class StepTimeout(StepError):
     """One attempt took longer than its `timeout`."""
+
+    kind = "timeout"
 
 
 class ModelError(StepError):

@@ -41,6 +41,11 @@ class RunCreated(_Event):
     version: str
     #: sha256 of the plan.
     plan: str
+    #: The run and the step that it is part of.
+    parent: tuple[str, str] | None = None
+    #: The run whose results it takes over, and how it came about: `rerun`, `resume` or `fork`.
+    origin: str | None = None
+    how: str | None = None
     #: The input's envelope: a value, or a reference to an artifact.
     output: str | None = None
 
@@ -59,6 +64,23 @@ class RunWaiting(_Event):
 
 class RunResumed(_Event):
     type: Literal["run.resumed"] = "run.resumed"
+
+
+class RunCompensating(_Event):
+    """The run will end so, but what completed and can be undone is undone first, the last first."""
+
+    type: Literal["run.compensating"] = "run.compensating"
+    status: RunStatus
+    reason: str | None = None
+    by: str | None = None
+
+
+class SignalReceived(_Event):
+    type: Literal["signal.received"] = "signal.received"
+    name: str
+    by: str = ""
+    #: The data's envelope.
+    output: str | None = None
 
 
 class RunEnded(_Event):
@@ -95,7 +117,8 @@ class StepWaiting(_StepEvent):
     """The step left its worker."""
 
     type: Literal["step.waiting"] = "step.waiting"
-    #: `approval` and `ask` wait for a person, `retry` for its time.
+    #: `approval` and `ask` wait for a person, `retry` and `timer` for their time, `signal` for one, `children` for what
+    #: is inside of it, `run` for a run that is, `cache` for another step that computes the same, `limit` for its turn.
     kind: str
     message: str = ""
     #: Seconds until it goes on by itself, or `None`.
@@ -134,6 +157,11 @@ class StepCompleted(_StepEvent):
     seconds: float
     output: str | None = None
     usage: Usage = Usage()
+    #: The number of the alternative that did it, and why those before did not.
+    fallback: int | None = None
+    errors: tuple[str, ...] = ()
+    #: It was taken from the cache.
+    cached: bool = False
 
 
 class StepFailed(_StepEvent):
@@ -141,6 +169,10 @@ class StepFailed(_StepEvent):
     error: str
     seconds: float = 0.0
     usage: Usage = Usage()
+    #: Why its alternatives failed.
+    errors: tuple[str, ...] = ()
+    #: It may fail: those behind it see null.
+    tolerated: bool = False
 
 
 class StepSkipped(_StepEvent):
@@ -148,6 +180,24 @@ class StepSkipped(_StepEvent):
     reason: str
     #: The failed step behind it; `None` when the workflow wanted it so.
     cause: str | None = None
+
+
+class StepCancelled(_StepEvent):
+    """What it is inside of goes on no longer."""
+
+    type: Literal["step.cancelled"] = "step.cancelled"
+
+
+class StepKept(_StepEvent):
+    """Its result was taken over from another run."""
+
+    type: Literal["step.kept"] = "step.kept"
+    origin: str
+    status: StepStatus
+    error: str | None = None
+    cause: str | None = None
+    tolerated: bool = False
+    output: str | None = None
 
 
 Event = Annotated[
@@ -164,7 +214,11 @@ Event = Annotated[
     | StepLost
     | StepCompleted
     | StepFailed
-    | StepSkipped,
+    | StepSkipped
+    | StepCancelled
+    | StepKept
+    | RunCompensating
+    | SignalReceived,
     Field(discriminator="type"),
 ]
 _adapter: TypeAdapter[Event] = TypeAdapter(Event)
@@ -247,6 +301,17 @@ def _apply(state: RunState, event: Event) -> None:  # noqa: PLR0912 - one case p
             state.status = RunStatus.WAITING_APPROVAL
         case RunResumed():
             state.status = RunStatus.RUNNING
+        case RunCompensating():
+            state.status, state.reason = RunStatus.COMPENSATING, event.reason
+            _cancel_rest(state)
+        case SignalReceived():
+            pass
+        case StepCancelled():
+            state._change(event, status=StepStatus.CANCELLED)
+        case StepKept():
+            state._change(event, status=event.status, error=event.error)
+            if event.output is not None:
+                state.step_outputs[event.step] = event.output
         case RunEnded():
             state.status, state.reason, state.ended_at, state.outputs = (
                 event.status,
@@ -254,9 +319,7 @@ def _apply(state: RunState, event: Event) -> None:  # noqa: PLR0912 - one case p
                 event.at,
                 event.output,
             )
-            for step_id, step in state.steps.items():
-                if not step.status.ended:
-                    state.steps[step_id] = step.model_copy(update={"status": StepStatus.CANCELLED})
+            _cancel_rest(state)
         case StepStarted():
             state._change(event, status=StepStatus.RUNNING, attempt=event.attempt, error=None)
         case ActDecided():
@@ -277,3 +340,9 @@ def _apply(state: RunState, event: Event) -> None:  # noqa: PLR0912 - one case p
             state._change(event, status=StepStatus.SKIPPED, error=event.reason)
         case _:
             assert_never(event)
+
+
+def _cancel_rest(state: RunState) -> None:
+    for step_id, step in state.steps.items():
+        if not step.status.ended:
+            state.steps[step_id] = step.model_copy(update={"status": StepStatus.CANCELLED})

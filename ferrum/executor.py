@@ -13,7 +13,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -22,16 +22,44 @@ from typing import Any, Protocol, overload
 from pydantic import JsonValue
 
 from ferrum.artifacts import Artifacts, Kept
-from ferrum.errors import AuthorError, Denied, FerrumError, SettingsError, StepError, StepTimeout, Unavailable
+from ferrum.errors import (
+    AuthorError,
+    Denied,
+    FerrumError,
+    NotFound,
+    SettingsError,
+    StepError,
+    StepTimeout,
+    Unavailable,
+)
 from ferrum.governance.acts import Act, ModelCall, ModelReply, Reply, ToolCall, ToolReply
 from ferrum.governance.door import decide
 from ferrum.governance.policy import Decision, Effect, Policy
 from ferrum.loop import Blocking, Interrupted, LoopThread
-from ferrum.plan import Plan, PlannedStep
-from ferrum.record import Claimed, Dropped, Ended, Held, Lost, Need, Over, Passed, Record, Verdict
+from ferrum.plan import Body, Plan, PlannedStep
+from ferrum.record import (
+    MAX_DEPTH,
+    SPREAD_BATCH,
+    Claimed,
+    Dropped,
+    Ended,
+    FrameEnd,
+    Frames,
+    Held,
+    Lost,
+    Need,
+    Over,
+    Passed,
+    Record,
+    Resend,
+    TooDeep,
+    Verdict,
+    new_run_id,
+)
 from ferrum.results import RunStatus, StepStatus, Usage
 from ferrum.settings import redact
-from ferrum.steps import Park
+from ferrum.steps import Done, Health, Inside, Park, Skip
+from ferrum.workflow import Step
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +103,7 @@ class Outcome:
     run_id: str = ""
     plan: Plan | None = None
     #: What must be sent before the message is done with.
-    send: Ended = field(default_factory=Ended)
+    sends: tuple[Resend, ...] = ()
     #: To be released once all that was sent.
     held: Held | None = None
 
@@ -189,8 +217,12 @@ class Executor:
             case Passed():
                 return Outcome(Then.PASS)
             case Ended():
-                return self._after(run_id, self.plan(run_id, self.record.plan_digest(run_id)), claim, None)
+                return self._after(run_id, self.plan_of(run_id), claim, None)
         return self._claimed(held, claim, signature)
+
+    def plan_of(self, run_id: str) -> Plan:
+        """The plan that a run follows. Raises `NotFound`."""
+        return self.plan(run_id, self.record.plan_digest(run_id))
 
     def plan(self, run_id: str, digest: str) -> Plan:
         """The plan with this digest, which `run_id` follows."""
@@ -210,26 +242,28 @@ class Executor:
         hold = self.holds.add(held)
         try:
             plan = self.plan(held.run_id, claim.plan)
-            attempt = _Attempt(self, hold, claim, plan.steps[held.step_id])
+            attempt = _Attempt(self, hold, claim, plan, plan.step(held.step_id))
             then, send = attempt.go(signature)
-            outcome = self._after(held.run_id, plan, send, held) if then is Then.PASS else Outcome(then)
-        except (Lost, Over):
+        except Over as over:
+            self.holds.drop(held)
+            return Outcome(Then.DROP, held.run_id, sends=over.sends)
+        except Lost:
             self.holds.drop(held)
             return Outcome(Then.DROP)
         except BaseException:
             # No longer renewed, so that the step is given to another worker.
             self.holds.drop(held)
             raise
-        if outcome.held is None:
-            self.holds.drop(held)
-        return outcome
+        if then is Then.PASS:
+            return self._after(held.run_id, plan, send, held)
+        self.holds.drop(held)
+        return Outcome(then, held.run_id, plan, send.sends)
 
     def _after(self, run_id: str, plan: Plan, send: Ended, held: Held | None) -> Outcome:
-        if send.close:
-            self._close(run_id, plan)
-        return Outcome(Then.PASS, run_id, plan, send, held)
+        sends = send.sends + self._close(run_id, plan) if send.close else send.sends
+        return Outcome(Then.PASS, run_id, plan, sends, held)
 
-    def _close(self, run_id: str, plan: Plan) -> None:
+    def _close(self, run_id: str, plan: Plan) -> tuple[Resend, ...]:
         ends = self.record.step_outputs(run_id, plan.outputs.references - {"input"})
         try:
             scope = self.scope(plan.outputs.references, ends, lambda: self.record.input(run_id))
@@ -238,9 +272,8 @@ class Executor:
             # Not the workflow's fault: whoever gets this step next closes the run.
             raise
         except FerrumError as error:
-            self.record.close(run_id, RunStatus.FAILED, reason=redact(f"the workflow's outputs: {error}"))
-        else:
-            self.record.close(run_id, RunStatus.COMPLETED, outputs=outputs)
+            return self.record.close(run_id, RunStatus.FAILED, reason=redact(f"the workflow's outputs: {error}"))
+        return self.record.close(run_id, RunStatus.COMPLETED, outputs=outputs)
 
     def scope(
         self, names: frozenset[str], ends: Mapping[str, Need], run_input: Callable[[], str]
@@ -249,21 +282,28 @@ class Executor:
         scope: dict[str, JsonValue] = {}
         for name in names:
             if name == "input":
-                scope[name] = self.artifacts.resolve(Kept.loads(run_input()))
+                scope[name] = self.opened(run_input())
             else:
                 end = ends.get(name)
-                scope[name] = self.artifacts.resolve(Kept.loads(end.output)) if end and end.output else None
+                scope[name] = self.opened(end.output) if end else None
         return scope
+
+    def opened(self, envelope: str) -> JsonValue:
+        """What an envelope holds; `None` where there is none."""
+        return self.artifacts.resolve(Kept.loads(envelope)) if envelope else None
 
 
 class _Attempt:
     """One attempt, from the claim to what became of it; the `Attempt` that step types see."""
 
-    def __init__(self, executor: Executor, hold: _Hold, claim: Claimed, step: PlannedStep) -> None:
+    def __init__(self, executor: Executor, hold: _Hold, claim: Claimed, plan: Plan, step: PlannedStep) -> None:
         self._executor = executor
         self._hold = hold
         self._claim = claim
+        self._plan = plan
         self._step = step
+        #: The run's input, once it was looked at.
+        self._scoped: dict[str, JsonValue] = {}
         self._began = time.monotonic()
         self._acts = 0
         #: By the acts of this attempt, and the part of it that the record knows already.
@@ -296,22 +336,27 @@ class _Attempt:
     def verdict(self) -> Verdict | None:
         return self._claim.verdict
 
-    def go(self, signature: Callable[[], str]) -> tuple[Then, Ended]:  # noqa: PLR0911 - one per way to end
+    @property
+    def memory(self) -> JsonValue:
+        return self._claim.memory
+
+    def signal(self) -> tuple[JsonValue] | None:
+        return (self._executor.opened(self._claim.signal),) if self._claim.signal else None
+
+    def go(self, signature: Callable[[], str]) -> tuple[Then, Ended]:
         """Raises `Lost`, and `Over` when the run's budget ended it."""
         try:
-            scope = self._scope()
-            if self._step.when is not None and not self._step.when.evaluate(scope):
-                return Then.PASS, self._skip()
-            output = self._act(scope)
+            self._scoped = self._scope()
+            if (tried := self._alternative()) is not None:
+                return self._fell_back(*tried, signature)
+            if self._step.when is not None and not self._step.when.evaluate(self._scoped):
+                raise Skip("its 'when' is false")
+            output = self._act(self._scoped)
             envelope = self._executor.artifacts.keep(output).dumps()
         except (Lost, Over):
             raise
-        except Park as park:
-            self._park(park, signature)
-            return Then.WAIT, Ended()
-        except _Stopping:
-            self._hand_back()
-            return Then.RETURN, Ended()
+        except (Park, Inside, Skip, _Stopping) as left:
+            return self._left(left, signature)
         except StepError as error:
             return self._failed(error, signature)
         except (AuthorError, SettingsError) as error:
@@ -325,8 +370,27 @@ class _Attempt:
             )
         return Then.PASS, self._finish(StepStatus.COMPLETED, {}, output=envelope)
 
+    def _left(self, why: Park | Inside | Skip | _Stopping, signature: Callable[[], str]) -> tuple[Then, Ended]:
+        match why:
+            case Park():
+                return Then.WAIT, self._park(why, signature)
+            case Inside():
+                return Then.WAIT, self._inside(why, signature)
+            case Skip():
+                return Then.PASS, self._finish(StepStatus.SKIPPED, {"reason": redact(str(why))})
+            case _Stopping():
+                self._hand_back()
+                return Then.RETURN, Ended()
+
     def _scope(self) -> dict[str, JsonValue]:
-        return self._executor.scope(self._step.references, self._claim.needs, lambda: self._claim.input)
+        step, claim = self._step, self._claim
+        undone = step.undoes
+        names = step.references | (undone.references if undone and "params" in step.references else frozenset())
+        numbers = {name: _number(self.step_id, parts) for name, parts in step.numbers}
+        scope = self._executor.scope(names - numbers.keys() - {"params"}, claim.needs, lambda: claim.input) | numbers
+        if undone is not None and "params" in names:
+            scope["params"] = undone.params.evaluate({name: scope.get(name) for name in undone.references})
+        return scope
 
     def _act(self, scope: Mapping[str, JsonValue]) -> JsonValue:
         params = self._step.resolve(scope)
@@ -334,6 +398,119 @@ class _Attempt:
         if inspect.iscoroutinefunction(kind.run):
             return self._on_loop(kind.run(params, self))
         return self._in_thread(lambda: kind.run(params, self))
+
+    # What composed steps ask for.
+
+    @property
+    def spec(self) -> Step:
+        return self._step.spec
+
+    def frame(self, label: str) -> Done:
+        frame = f"{self.step_id}.{label}" if label else self.step_id
+        body = self._step.bodies.get(label) or self._step.bodies["*"]
+        return self._done(body, [frame])[0]
+
+    def frames(self, count: int) -> Iterator[Done]:
+        body = self._step.bodies["*"]
+        for start in range(0, count, SPREAD_BATCH):
+            yield from self._done(body, [f"{self.step_id}.{n}" for n in range(start, min(start + SPREAD_BATCH, count))])
+
+    def _done(self, body: Body, frames: Sequence[str]) -> list[Done]:
+        wanted = set(body.last) if body.output is None else body.output.references & body.steps.keys()
+        if self._step.until is not None:
+            wanted |= self._step.until.references & body.steps.keys()
+        names = [name for name in body.steps if name in wanted]
+        ends = self._executor.record.frame_ends(self.run_id, frames, names)
+        return [self._one_done(body, end) for end in ends]
+
+    def _one_done(self, body: Body, end: FrameEnd) -> Done:
+        if end.failed:
+            where = "" if "" in body.steps else f"{end.failed!r} failed: "
+            return Done(end.over, error=where + end.error, denied=end.denied)
+        outputs = {name: self._executor.opened(need.output) for name, need in end.ends.items()}
+        if not end.over:
+            return Done(over=False, outputs=outputs)
+        if body.output is not None:
+            output = body.output.evaluate({**self._scoped, **outputs})
+        else:
+            last = body.last
+            output = outputs.get(last[0]) if len(last) == 1 else {name: outputs.get(name) for name in last}
+        return Done(over=True, output=output, outputs=outputs)
+
+    def until(self, done: Done, label: str) -> bool:
+        assert self._step.until is not None
+        own = {self._step.spec.id: done.output, "round": int(label), "previous": done.output}
+        return bool(self._step.until.evaluate({**self._scoped, **done.outputs, **own}))
+
+    def start_run(
+        self, workflow: Mapping[str, JsonValue], input: Mapping[str, JsonValue], budget: Mapping[str, JsonValue] | None
+    ) -> str:
+        document = dict(workflow) if budget is None else {**workflow, "budget": dict(budget)}
+        plan = Plan.of(document)
+        checked = plan.workflow.check_input(input)
+        key = f"{self.idempotency_key}#{self.number}"
+        run = plan.new_run(
+            new_run_id(beside=self.run_id), key, self._executor.artifacts.keep(checked).dumps(),
+            parent=(self.run_id, self.step_id),
+        )  # fmt: skip
+        try:
+            return self._executor.record.create(run)
+        except TooDeep:
+            raise StepError(f"workflows are inside of each other more than {MAX_DEPTH} deep") from None
+
+    def registered(self, name: str, version: str | None) -> Mapping[str, JsonValue]:
+        try:
+            return self._executor.record.registered(name, version)
+        except NotFound as error:
+            raise StepError(str(error)) from None
+
+    def run_end(self, run_id: str) -> Done:
+        ended = self._executor.record.ending(run_id, 0)
+        if ended is None:
+            return Done(over=False)
+        if ended.status is RunStatus.COMPLETED:
+            return Done(over=True, output=self._executor.opened(ended.output or ""))
+        why = f"{run_id} {ended.status}" + (f": {ended.reason}" if ended.reason else "")
+        return Done(over=True, error=why, denied=why if ended.status is RunStatus.POLICY_BLOCKED else "")
+
+    def choose(self, targets: Mapping[str, str]) -> Mapping[str, Health]:
+        return {name: Health(usable=True) for name in targets}
+
+    def report(self, target: str, *, ok: bool, latency_ms: float) -> None:
+        return
+
+    # What happens instead when it failed.
+
+    def _alternative(self) -> tuple[int, list[str]] | None:
+        """The number of the alternative that was tried last, and what went wrong before it."""
+        memory = self._claim.memory
+        if not (isinstance(memory, dict) and "fallback" in memory):
+            return None
+        errors = memory["errors"]
+        assert isinstance(errors, list)
+        return int(str(memory["fallback"])), [str(error) for error in errors]
+
+    def _fell_back(self, number: int, errors: list[str], signature: Callable[[], str]) -> tuple[Then, Ended]:
+        done = self.frame(f"fallback{number}")
+        if not done.error and done.over:
+            envelope = self._executor.artifacts.keep(done.output).dumps()
+            return Then.PASS, self._finish(
+                StepStatus.COMPLETED, {"fallback": number, "errors": errors}, output=envelope
+            )
+        return self._give_up([*errors, done.error or "it did not end"], number, done.denied, signature)
+
+    def _give_up(self, errors: list[str], number: int, denied: str, signature: Callable[[], str]) -> tuple[Then, Ended]:
+        """Every try has failed: the next alternative, or the end."""
+        if number < self._step.fallbacks:
+            memory: JsonValue = {"fallback": number + 1, "errors": list[JsonValue](errors)}
+            left = Inside(
+                f"fallback {number + 1}: {errors[-1]}", label=f"fallback{number + 1}", items=[errors[-1]], memory=memory
+            )
+            return Then.WAIT, self._inside(left, signature)
+        data: dict[str, object] = {"error": errors[0], "errors": errors[1:]} if errors[1:] else {"error": errors[0]}
+        if self._step.tolerated:
+            data["tolerated"] = True
+        return Then.PASS, self._finish(StepStatus.FAILED, data, denied=denied)
 
     def _on_loop(self, work: Awaitable[JsonValue]) -> JsonValue:
         holds = self._executor.holds
@@ -449,42 +626,57 @@ class _Attempt:
                 self._hold.held, status, body, output=output, usage=self._unsettled(), denied=denied
             )
 
-    def _skip(self) -> Ended:
-        return self._finish(StepStatus.SKIPPED, {"reason": "its 'when' is false"})
-
     def _failed(self, error: StepError, signature: Callable[[], str]) -> tuple[Then, Ended]:
         message = redact(error.message)
         tries = self._claim.failed_tries + 1
         retry = self._step.retry
-        if error.retry and tries < retry.max_attempts:
+        if error.retry and tries < retry.max_attempts and (retry.on is None or error.kind in retry.on):
             delay = retry.delay(tries, random.random(), error.retry_after_s)  # noqa: S311
-            self._leave("retry", signature, {"error": message}, wake_in_s=delay)
-            return Then.WAIT, Ended()
-        denied = message if isinstance(error, Denied) else ""
-        return Then.PASS, self._finish(StepStatus.FAILED, {"error": message}, denied=denied)
+            return Then.WAIT, self._leave("retry", signature, {"error": message}, wake_in_s=delay)
+        return self._give_up([message], 0, message if isinstance(error, Denied) else "", signature)
 
-    def _park(self, park: Park, signature: Callable[[], str]) -> None:
+    def _park(self, park: Park, signature: Callable[[], str]) -> Ended:
         data = {"message": redact(park.message), "act": park.act}
-        self._leave(park.kind, signature, data, wake_in_s=park.wake_in_s, bound=park.bound)
+        return self._leave(
+            park.kind, signature, data, wake_in_s=park.wake_in_s, bound=park.bound, memory=park.memory,
+            awaited=park.awaited,
+        )  # fmt: skip
+
+    def _inside(self, inside: Inside, signature: Callable[[], str]) -> Ended:
+        keep = self._executor.artifacts.keep
+        item = ""
+        if inside.label is None:
+            frames = Frames(None, len(inside.items), inside.window, inside.fail_fast)
+            for start in range(0, len(inside.items), SPREAD_BATCH):
+                batch = enumerate(inside.items[start : start + SPREAD_BATCH], start)
+                items = [(f"{self.step_id}.{number}", keep(value).dumps()) for number, value in batch]
+                self._executor.record.spread(self._hold.held, items)
+        else:
+            frames = Frames(inside.label)
+            item = keep(inside.items[0]).dumps() if inside.items else ""
+        return self._leave(
+            "children", signature, {"message": redact(inside.message)}, wake_in_s=inside.wake_in_s,
+            memory=inside.memory, frames=frames, item=item,
+        )  # fmt: skip
 
     def _leave(
-        self,
-        kind: str,
-        signature: Callable[[], str],
-        data: Mapping[str, Any],
-        *,
-        wake_in_s: float | None,
-        bound: str = "",
-    ) -> None:
+        self, kind: str, signature: Callable[[], str], data: Mapping[str, Any], *, wake_in_s: float | None,
+        bound: str = "", memory: JsonValue = None, awaited: str = "", frames: Frames | None = None, item: str = "",
+    ) -> Ended:  # fmt: skip
         with self._telling:
-            self._executor.record.park(
-                self._hold.held, kind, signature(), {"attempt": self.number, **data},
-                wake_in_s=wake_in_s, usage=self._unsettled(), bound=bound,
+            return self._executor.record.park(
+                self._hold.held, kind, signature(), {"attempt": self.number, **data}, wake_in_s=wake_in_s,
+                usage=self._unsettled(), bound=bound, memory=memory, awaited=awaited, frames=frames, item=item,
             )  # fmt: skip
 
     def _hand_back(self) -> None:
         with self._telling:
             self._executor.record.hand_back(self._hold.held, self._executor.worker, self.number, self._unsettled())
+
+
+def _number(step_id: str, parts: int) -> int:
+    """The number of the frame that the first so many parts of a step's id name."""
+    return int(step_id.split(".", parts)[parts - 1])
 
 
 def _cancel(future: Future[JsonValue]) -> None:

@@ -15,13 +15,17 @@ from ferrum.events import (
     ActDecided,
     ApprovalDecided,
     Event,
+    RunCompensating,
     RunCreated,
     RunEnded,
     RunResumed,
     RunStarted,
     RunWaiting,
+    SignalReceived,
+    StepCancelled,
     StepCompleted,
     StepFailed,
+    StepKept,
     StepLost,
     StepResumed,
     StepSkipped,
@@ -99,9 +103,19 @@ def _said(event: Event) -> tuple[str, str, str]:  # noqa: PLR0911, PLR0912 - one
         case StepLost():
             return "↻", f"try {event.attempt}  {event.reason}; it is sent again", "bad"
         case StepCompleted():
-            return "←", f"try {event.attempt}  {duration(event.seconds)}", "good"
+            by = f"  by fallback {event.fallback}" if event.fallback else "  from the cache" if event.cached else ""
+            return "←", f"try {event.attempt}  {duration(event.seconds)}{by}", "good"
         case StepFailed():
             return "!", f"try {event.attempt}  {event.error}", "bad"
+        case StepCancelled():
+            return "⊘", "cancelled, what it is part of goes on no longer", "quiet"
+        case StepKept():
+            return "=", f"{event.status}, taken over from {event.origin}", "quiet"
+        case RunCompensating():
+            why = f": {event.reason}" if event.reason else ""
+            return "↶", f"{event.status}{why}; what completed is undone", "bad"
+        case SignalReceived():
+            return "▸", f"signal {event.name!r}" + (f" by {event.by}" if event.by else ""), ""
         case StepSkipped():
             return "⊘", f"skipped, {event.reason}", "quiet"
         case _:

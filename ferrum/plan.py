@@ -9,19 +9,24 @@ So every step starts as soon as its own needs have ended, whatever the graph's s
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from functools import cached_property, lru_cache
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from pydantic import JsonValue, ValidationError
 
 from ferrum.errors import Problem, WorkflowError, did_you_mean
 from ferrum.expressions import Condition, Template
-from ferrum.record import Node
+from ferrum.governance.budget import Limits, ceilings
+from ferrum.record import LANES, Edge, Frame, NewRun, Node, Read
+from ferrum.settings import settings
 from ferrum.steps import Params, StepType, step_types
-from ferrum.workflow import COMMON, Retry, Step, Workflow
+from ferrum.workflow import COMMON, Defaults, Retry, Step, Workflow, inner_needs
+from ferrum.workflow.check import labels
 
 if TYPE_CHECKING:
     from celery.canvas import Signature
@@ -31,6 +36,8 @@ if TYPE_CHECKING:
 CHAIN = 16
 #: Steps side by side that one chord may hold; each of its messages carries the join.
 CHORD = 100
+#: Which way of keeping plans in the record this is.
+_LAYOUT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +82,75 @@ def _beside(beside: Beside) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedStep:
-    """One step, ready to be run."""
+class Body:
+    """Steps that run together: those of the workflow, or those of each frame inside a step."""
 
+    #: The id of its frames; `*` stands for a number, empty for the workflow's own.
+    frame: str
+    #: By their names in it; a frame that is one step has it under an empty name.
+    steps: Mapping[str, str]
+    needs: Mapping[str, tuple[str, ...]]
+    segments: tuple[Segment, ...]
+    #: What its frames leave behind; `None`: what its last steps do.
+    output: Template | None = None
+    #: Its frame is called as the step around it is.
+    nameless: bool = False
+
+    @property
+    def last(self) -> list[str]:
+        """The steps that no other one in it waits for."""
+        before = {need for needs in self.needs.values() for need in needs}
+        return [name for name in self.steps if name not in before]
+
+    def segment_of(self, name: str) -> Segment:
+        return next(segment for segment in self.segments if name in segment.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """One step, ready to be run; for a step in frames, all that it is in any of them."""
+
+    #: With `*` for each number.
     id: str
     type: StepType[Any]
+    #: What the author wrote; several planned steps come from it where it is repeated.
+    spec: Step
+    #: The steps beside it that must have ended.
     needs: tuple[str, ...]
     when: Condition | None
     params: Template
+    #: What is a parameter as it stands, though it may look like a template.
+    fixed: dict[str, JsonValue]
     retry: Retry
     timeout_s: float | None
+    deadline_s: float | None
     #: The names that its expressions use.
     references: frozenset[str]
+    #: Those of them that are outputs of steps further out, items, and numbers of frames (by parts of its id).
+    reads: tuple[Read, ...] = ()
+    items: tuple[tuple[str, int], ...] = ()
+    numbers: tuple[tuple[str, int], ...] = ()
+    #: It may fail.
+    tolerated: bool = False
+    #: What may run inside of it, by the label of the frame; `*` for numbered ones.
+    bodies: Mapping[str, Body] = field(default_factory=dict)
+    #: How many alternatives it has.
+    fallbacks: int = 0
+    until: Condition | None = None
+    cache: Template | None = None
+    limits: Template | None = None
+    #: There is a step that undoes it.
+    undoable: bool = False
+    #: The step that it undoes.
+    undoes: PlannedStep | None = None
+    #: It is inside of something that undoes.
+    undoing: bool = False
+    #: The body that it is part of.
+    body: str = ""
+
+    @property
+    def composed(self) -> bool:
+        return bool(self.bodies)
 
     def resolve(self, scope: Mapping[str, JsonValue]) -> Params:
         """Its parameters, with every expression evaluated.
@@ -94,8 +158,9 @@ class PlannedStep:
         Raises `ExpressionError`, and `WorkflowError` when a value does not fit.
         """
         values = self.params.evaluate(scope)
+        assert isinstance(values, dict)
         try:
-            checked: Params = self.type.params.model_validate(values)
+            checked: Params = self.type.params.model_validate(values | self.fixed)
         except ValidationError as error:
             raise WorkflowError(
                 Problem(_sentence(one), f"steps.{self.id}{_path(one['loc'])}") for one in error.errors()
@@ -109,9 +174,15 @@ class Plan:
     def __init__(self, workflow: Workflow) -> None:
         """Raises `WorkflowError` with everything that is wrong."""
         self.workflow = workflow
-        self.steps = _compile(workflow)
+        if problems := list(_problems_in(workflow, workflow.steps, ("steps",))):
+            raise WorkflowError(problems, workflow.source)
+        compiler = _Compiler(workflow.defaults)
+        self.top = compiler.body("", workflow.steps, {}, ())
+        #: Every step, those inside of others too, by id.
+        self.steps: Mapping[str, PlannedStep] = compiler.steps
+        self.bodies: Mapping[str, Body] = compiler.bodies
         self.outputs = Template.compile(workflow.outputs)
-        self.segments = _segments({step.id: step.needs for step in self.steps.values()})
+        self.segments = self.top.segments
 
     @cached_property
     def document(self) -> str:
@@ -121,7 +192,7 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         # The order of the segments is part of what is kept, so a new way to cut them is a new plan.
-        return sha256(f"{CHAIN}/{CHORD}\n{self.document}".encode()).hexdigest()
+        return sha256(f"{_LAYOUT}/{CHAIN}/{CHORD}\n{self.document}".encode()).hexdigest()
 
     @classmethod
     def of(cls, workflow: Mapping[str, object]) -> Plan:
@@ -140,65 +211,143 @@ class Plan:
     def loads(cls, document: str) -> Plan:
         return cls(Workflow.of(json.loads(document)))
 
+    @property
+    def lane(self) -> int:
+        """The lane of its messages: the more urgent a run, the lower."""
+        return LANES - 1 - self.workflow.priority
+
+    def step(self, step_id: str) -> PlannedStep:
+        """The step with this id, in whichever frame."""
+        return self.steps[template_id(step_id)]
+
     @cached_property
     def segment_of(self) -> Mapping[str, Segment]:
         return {step: segment for segment in self.segments for step in segment.steps}
 
-    @cached_property
-    def next(self) -> Mapping[str, tuple[str, ...]]:
-        """What waits for each step."""
-        behind: dict[str, list[str]] = {step: [] for step in self.steps}
-        for step in self.steps.values():
-            for need in step.needs:
-                behind[need].append(step.id)
-        return {step: tuple(names) for step, names in behind.items()}
-
     @property
     def roots(self) -> tuple[PlannedStep, ...]:
-        return tuple(step for step in self.steps.values() if not step.needs)
+        return tuple(self.steps[name] for name in self.top.steps if not self.top.needs[name])
 
-    def nodes(self) -> dict[str, Node]:
-        """The graph as the record keeps it."""
-        heads = {head for segment in self.segments for head in segment.heads}
+    def nodes(self) -> dict[str, str]:
+        """The graph as the record keeps it: each step, and the frames by ` f:<id>`."""
+        texts = {f" f:{body.frame}": self._frame(body).dumps() for body in self.bodies.values()}
+        for body in self.bodies.values():
+            heads = {head for segment in body.segments for head in segment.heads}
+            behind: dict[str, list[str]] = {name: [] for name in body.steps}
+            for name, needs in body.needs.items():
+                for need in needs:
+                    behind[need].append(name)
+            segments = {name: segment.id for segment in body.segments for name in segment.steps}
+            edges = {
+                name: Edge(
+                    name, len(body.needs[name]), name not in heads, self.steps[step].type.queue, segments[name],
+                    _ms(self.steps[step].deadline_s),
+                )
+                for name, step in body.steps.items()
+            }  # fmt: skip
+            for name, step in body.steps.items():
+                node = self._node(self.steps[step], body, segments[name], [edges[after] for after in behind[name]])
+                texts[step] = node.dumps()
+        for undo in self.steps.values():
+            if undo.undoes is not None:
+                texts[undo.id] = self._node(undo, None, "s0", []).dumps()
+        return texts
 
-        def edge(name: str) -> tuple[str, int, bool, str, str]:
-            step = self.steps[name]
-            return name, len(step.needs), name not in heads, step.type.queue, self.segment_of[name].id
+    def _frame(self, body: Body) -> Frame:
+        segments = {name: segment.id for segment in body.segments for name in segment.steps}
+        return Frame(
+            len(body.steps),
+            tuple(
+                (name, self.steps[step].type.queue, segments[name], _ms(self.steps[step].deadline_s))
+                for name, step in body.steps.items()
+                if not body.needs[name]
+            ),
+        )
 
-        return {
-            step.id: Node(
-                queue=step.type.queue,
-                segment=self.segment_of[step.id].id,
-                needs=step.needs,
-                next=tuple(edge(name) for name in self.next[step.id]),
-                wants_input="input" in step.references,
-            )
-            for step in self.steps.values()
-        }
+    def _node(self, step: PlannedStep, body: Body | None, segment: str, behind: Sequence[Edge]) -> Node:
+        inside = None
+        if body is not None and body.frame:
+            inside = 0 if "" in body.steps else 1
+        references = step.references | (step.undoes.references if step.undoes else frozenset())
+        return Node(
+            queue=step.type.queue,
+            segment=segment,
+            needs=step.needs,
+            next=tuple(behind),
+            wants_input="input" in references,
+            reads=step.reads,
+            items=step.items,
+            inside=inside,
+            siblings=len(body.steps) if body else 1,
+            nameless=body.nameless if body else False,
+            tolerated=step.tolerated,
+            undoable=step.undoable,
+            undoes=step.undoing,
+            undo=step.undoes is not None,
+            composed=step.composed,
+            deadline_ms=_ms(step.deadline_s),
+        )
 
-    def starting_with(self, heads: Sequence[str]) -> list[Segment]:
-        """The segments that these steps begin, each once."""
-        return list({self.segment_of[head].id: self.segment_of[head] for head in heads}.values())
+    def new_run(
+        self, run_id: str, key: str | None, given: str, *, priority: int | None = None,
+        parent: tuple[str, str] | None = None, begins: bool = True,
+    ) -> NewRun:  # fmt: skip
+        """What the record needs to begin a run of this plan; `given` is the envelope of its input."""
+        workflow = self.workflow
+        budget = workflow.budget
+        limits = Limits(**budget.model_dump(exclude={"wall_time"})) if budget else Limits()
+        return NewRun(
+            run_id=run_id,
+            key=key,
+            plan=self.digest,
+            document=lambda: self.document,
+            nodes=self.nodes,
+            steps=len(self.top.steps),
+            roots=tuple((step.id, step.type.queue, _ms(step.deadline_s)) for step in self.roots),
+            workflow=workflow.name,
+            version=workflow.version,
+            input=given,
+            has_outputs=bool(workflow.outputs),
+            limits=ceilings(limits),
+            wall_time_s=budget.wall_time if budget else None,
+            keep_s=settings().keep_runs,
+            lane=LANES - 1 - (workflow.priority if priority is None else priority),
+            deadline_s=workflow.deadline,
+            parent=parent,
+            begins=begins,
+        )
 
-    def canvas(self, run_id: str, segment: Segment) -> Signature:
+    def starting_with(self, head: str) -> tuple[Segment, str]:
+        """The segment that a step begins, and what the ids of its steps begin with."""
+        template = template_id(head)
+        body = self.bodies[self.steps[template].body]
+        if "" in body.steps:
+            return body.segments[0], head
+        name = head.rpartition(".")[2]
+        return body.segment_of(name), head[: len(head) - len(name)]
+
+    def canvas(self, run_id: str, segment: Segment, prefix: str = "", lane: int | None = None) -> Signature:
         """The Celery canvas of one segment; its messages hold `(run_id, step_id)` and nothing else."""
         from celery import chain, group
+
+        def signature(step: str) -> Signature:
+            return self.signature(run_id, prefix + step, lane)
 
         parts: list[Signature] = []
         for element in segment.elements:
             if isinstance(element, Beside):
-                branches = [chain(*(self.signature(run_id, step) for step in branch)) for branch in element.branches]
-                parts.append(group(*branches))
+                parts.append(group(*(chain(*map(signature, branch)) for branch in element.branches)))
             else:
-                parts.append(self.signature(run_id, element))
+                parts.append(signature(element))
         return parts[0] if len(parts) == 1 else chain(*parts)
 
-    def signature(self, run_id: str, step: str) -> Signature:
+    def signature(self, run_id: str, step: str, lane: int | None = None) -> Signature:
         """One step as an immutable signature, under the task id that it always has."""
         from celery import Signature
 
-        task = f"ferrum.{self.steps[step].type.name}"
-        return Signature(task, (run_id, step), immutable=True, options={"task_id": task_id(run_id, step)})
+        task = f"ferrum.{self.step(step).type.name}"
+        options = {"task_id": task_id(run_id, step), "priority": self.lane if lane is None else lane}
+        return Signature(task, (run_id, step), immutable=True, options=options)
 
     def __str__(self) -> str:
         return "\n".join(_describe(self))
@@ -214,37 +363,46 @@ def task_id(run_id: str, step_id: str) -> str:
     return f"{run_id}.{step_id}"
 
 
+def template_id(step_id: str) -> str:
+    """The id under which a plan knows a step: `each.3.sum` is `each.*.sum`."""
+    return _NUMBER.sub(".*", step_id) if "." in step_id else step_id
+
+
+_NUMBER: Final = re.compile(r"\.\d+(?=\.|$)")
+
+
+def _ms(duration_s: float | None) -> int:
+    return 0 if duration_s is None else max(1, round(duration_s * 1000))
+
+
 # Checking.
 
 
-def _compile(workflow: Workflow) -> dict[str, PlannedStep]:
-    problems: list[Problem] = []
-    for step in workflow.steps.values():
-        problems += _problems(workflow, step)
-    if problems:
-        raise WorkflowError(problems, workflow.source)
-    return {step.id: _planned(workflow, step) for step in workflow.steps.values()}
+def _problems_in(workflow: Workflow, steps: Mapping[str, Step], where: tuple[str | int, ...]) -> Iterator[Problem]:
+    for name, step in steps.items():
+        yield from _problems(workflow, step, (*where, name))
 
 
-def _problems(workflow: Workflow, step: Step) -> Iterator[Problem]:
-    known = step_types()
+def _problems(workflow: Workflow, step: Step, where: tuple[str | int, ...]) -> Iterator[Problem]:
+    for way, inner in step.inner:
+        yield from _problems(workflow, inner, (*where, *way))
+    known = {name: kind for name, kind in step_types().items() if kind.written}
     kind = known.get(step.type)
     if kind is None:
         hint = did_you_mean(step.type, known)
-        yield workflow.problem(f"there is no step type {step.type!r}{hint}", "steps", step.id, "type")
+        yield workflow.problem(f"there is no step type {step.type!r}{hint}", *where, "type")
         return
     try:
         kind.params.model_validate(step.params)
     except ValidationError as error:
         for one in error.errors():
-            where = one["loc"]
-            if one["type"] == "extra_forbidden" and len(where) == 1:
-                hint = did_you_mean(str(where[0]), [*kind.params.model_fields, *COMMON])
-                yield workflow.problem(
-                    f"a step of type {step.type!r} has no {where[0]!r}{hint}", "steps", step.id, *where, key=True
-                )
-            elif one["type"] == "missing" or not where or not _is_template(step.params, where):
-                yield workflow.problem(_sentence(one), "steps", step.id, *where)
+            part = one["loc"]
+            if one["type"] == "extra_forbidden" and len(part) == 1:
+                hint = did_you_mean(str(part[0]), [*kind.params.model_fields, *COMMON])
+                message = f"a step of type {step.type!r} has no {part[0]!r}{hint}"
+                yield workflow.problem(message, *where, *part, key=True)
+            elif one["type"] == "missing" or not part or not _is_template(step.params, part):
+                yield workflow.problem(_sentence(one), *where, *part)
 
 
 def _is_template(value: JsonValue, where: Sequence[int | str]) -> bool:
@@ -270,21 +428,244 @@ def _path(where: Sequence[int | str]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)
 
 
-def _planned(workflow: Workflow, step: Step) -> PlannedStep:
-    kind = step_types()[step.type]
-    defaults = workflow.defaults
-    params = Template.compile(dict(step.params))
-    when = Condition.compile(step.when) if step.when is not None else None
-    return PlannedStep(
-        id=step.id,
-        type=kind,
-        needs=workflow.needs_of(step.id),
-        when=when,
-        params=params,
-        retry=step.retry or defaults.retry or kind.retry,
-        timeout_s=step.timeout or (None if kind.waits else defaults.timeout) or kind.timeout_s,
-        references=params.references | (when.references if when else frozenset()),
+# Compiling.
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """What a name means to a step."""
+
+    #: `step` for an output, `item` for what a frame was given, `number` for its number.
+    kind: Literal["step", "item", "number"]
+    #: How many parts of the id of whoever uses it lead there.
+    parts: int
+    #: The step's name behind those.
+    step: str = ""
+
+
+_Scope: TypeAlias = Mapping[str, _Bound]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a step stands."""
+
+    scope: _Scope
+    needs: tuple[str, ...] = ()
+    body: str = ""
+    undoing: bool = False
+
+
+class _Compiler:
+    """Turns steps as they were written into steps as they are run.
+
+    What changes how a step is run becomes a step around it: `for_each` and `repeat` are steps whose frames hold the
+    rest of what was written, under ids that go on with a number.
+    """
+
+    def __init__(self, defaults: Defaults) -> None:
+        self._defaults = defaults
+        self.steps: dict[str, PlannedStep] = {}
+        self.bodies: dict[str, Body] = {}
+
+    def body(
+        self, frame: str, specs: Mapping[str, Step], scope: _Scope, only: tuple[Step, ...], *,
+        output: JsonValue = None, undoing: bool = False, nameless: bool = False,
+    ) -> Body:  # fmt: skip
+        """The body whose frames have this id: several steps, or only one, which is the frame itself."""
+        needs = inner_needs(specs) if not only else {"": ()}
+        ids = {name: f"{frame}.{name}" if frame else name for name in specs} if not only else {"": frame}
+        compiled = Template.compile(output) if output is not None else None
+        body = Body(frame, ids, needs, _segments(needs), compiled, nameless)
+        self.bodies[frame] = body
+        if only:
+            self._add(frame, only[0], _Place(scope, (), frame, undoing))
+            return body
+        inner = {**scope, **{name: _Bound("step", _parts(frame), name) for name in specs}}
+        for name, spec in specs.items():
+            self._add(ids[name], spec, _Place(inner, needs[name], frame, undoing))
+        return body
+
+    def _inside(self, frame: str, spec: Step, scope: _Scope, place: _Place, layer: _Layer) -> Body:
+        """The body that runs the rest of a step in each frame; a plain block's steps are it."""
+        if _is_plain(spec, layer):
+            output = spec.params.get("output")
+            return self.body(frame, spec.steps, scope, (), output=output, undoing=place.undoing)
+        if layer is _Layer.ALL:
+            return self.body(frame, {}, scope, (spec,), undoing=place.undoing)
+        body = Body(frame, {"": frame}, {"": ()}, _segments({"": ()}))
+        self.bodies[frame] = body
+        self._layer(frame, spec, _Place(scope, (), frame, place.undoing), layer, outer=False)
+        return body
+
+    def _add(self, id: str, spec: Step, place: _Place) -> None:
+        self._layer(id, spec, place, _Layer.EACH, outer=True)
+
+    def _layer(self, id: str, spec: Step, place: _Place, layer: _Layer, *, outer: bool) -> None:
+        if layer is _Layer.EACH and spec.has_for_each:
+            self._each(id, spec, place)
+        elif layer <= _Layer.REPEAT and spec.repeat is not None:
+            self._repeat(id, spec, place, outer=outer)
+        else:
+            self._base(id, spec, place, outer=outer, recovers=layer <= _Layer.REPEAT)
+
+    def _each(self, id: str, spec: Step, place: _Place) -> None:
+        frame = f"{id}.*"
+        here = _parts(frame)
+        scope = {**place.scope, spec.item: _Bound("item", here), spec.index: _Bound("number", here)}
+        body = self._inside(frame, spec, scope, place, _Layer.REPEAT)
+        params: dict[str, JsonValue] = {
+            "items": spec.for_each,
+            "max_parallel": spec.max_parallel,
+            "on_error": "collect" if spec.on_error == "collect" else "fail_fast",
+        }
+        self._planned(id, "for_each", spec, place, params=params, bodies={"*": body}, outer=True)
+
+    def _repeat(self, id: str, spec: Step, place: _Place, *, outer: bool) -> None:
+        frame = f"{id}.*"
+        here = _parts(frame)
+        scope = {**place.scope, "previous": _Bound("item", here), "round": _Bound("number", here)}
+        body = self._inside(frame, spec, scope, place, _Layer.ACT)
+        assert spec.repeat is not None
+        params: dict[str, JsonValue] = {"max": spec.repeat.max, "on_max": spec.repeat.on_max}
+        until = Condition.compile(spec.repeat.until)
+        self._planned(
+            id, "repeat", spec, place, params=params, bodies={"*": body}, outer=outer, recovers=True, until=until,
+        )  # fmt: skip
+
+    def _base(self, id: str, spec: Step, place: _Place, *, outer: bool, recovers: bool) -> None:
+        bodies: dict[str, Body] = {}
+        scope = place.scope
+        if spec.type == "block":
+            tries = spec.retry.max_attempts if spec.retry else 1
+            frame = f"{id}.*" if tries > 1 else id
+            bodies["*" if tries > 1 else ""] = self.body(
+                frame, spec.steps, scope, (), output=spec.params.get("output"), undoing=place.undoing,
+                nameless=tries == 1,
+            )  # fmt: skip
+        inner = {**dict(zip(labels(spec.cases).values(), spec.cases.values(), strict=True)), **spec.among}
+        if spec.default is not None:
+            inner["default"] = spec.default
+        for label, one in inner.items():
+            bodies[label] = self._inside(f"{id}.{label}", one, scope, place, _Layer.ALL)
+        self._planned(id, spec.type, spec, place, params=None, bodies=bodies, outer=outer, recovers=recovers)
+
+    def _planned(
+        self, id: str, kind_name: str, spec: Step, place: _Place, *, params: dict[str, JsonValue] | None,
+        bodies: dict[str, Body], outer: bool, recovers: bool = False, until: Condition | None = None,
+    ) -> None:  # fmt: skip
+        kind = step_types()[kind_name]
+        defaults = self._defaults
+        acts = params is None
+        written = {name: value for name, value in spec.templates.items() if not (kind.composed and name == "output")}
+        values = written if params is None else params
+        compiled = Template.compile(values)
+        when = Condition.compile(spec.when) if outer and spec.when is not None else None
+        cache = Template.compile(spec.cache.key) if recovers and spec.cache else None
+        keys = {name: limit.key for name in ("concurrency", "rate") if (limit := getattr(spec, name))}
+        limits = Template.compile(dict[str, JsonValue](keys)) if acts and keys else None
+        references = compiled.references
+        for expression in (when, cache, limits):
+            references |= expression.references if expression else frozenset()
+        # What is evaluated when a frame has ended sees what is in it, too.
+        for body in bodies.values():
+            if body.output is not None:
+                references |= body.output.references - body.steps.keys()
+        if until is not None:
+            references |= until.references - {spec.id, "previous", "round"} - bodies["*"].steps.keys()
+        fallbacks = self._fallbacks(id, spec, place) if recovers else {}
+        named = kind.composed or not acts
+        step = PlannedStep(
+            id=id,
+            type=kind,
+            spec=spec,
+            needs=place.needs,
+            when=when,
+            params=compiled,
+            fixed={name: spec.params[name] for name in spec.params.keys() - spec.templates.keys()} if acts else {},
+            retry=(spec.retry if acts else None) or (None if named else defaults.retry) or kind.retry,
+            timeout_s=(
+                (spec.timeout if acts else None)
+                or (None if kind.waits or named else defaults.timeout)
+                or kind.timeout_s
+            ),
+            deadline_s=spec.deadline if outer else None,
+            references=references,
+            **self._bound(references, id, place),
+            tolerated=outer and spec.on_error == "continue",
+            bodies={**bodies, **fallbacks},
+            fallbacks=len(fallbacks),
+            until=until,
+            cache=cache,
+            limits=limits,
+            undoable=recovers and spec.compensate is not None,
+            undoing=place.undoing,
+            body=place.body,
+        )
+        self.steps[id] = step
+        if recovers and spec.compensate is not None:
+            self._compensate(step, spec.compensate, place)
+
+    def _bound(self, references: frozenset[str], id: str, place: _Place) -> dict[str, Any]:
+        """What these names mean to the step with this id, which is not a sibling."""
+        reads: list[Read] = []
+        items: list[tuple[str, int]] = []
+        numbers: list[tuple[str, int]] = []
+        for name in sorted(references & place.scope.keys()):
+            bound = place.scope[name]
+            if bound.kind == "item":
+                items.append((name, bound.parts))
+            elif bound.kind == "number":
+                numbers.append((name, bound.parts))
+            elif name not in place.needs or bound.step != name:
+                reads.append(Read(name, bound.parts, bound.step))
+        return {"reads": tuple(reads), "items": tuple(items), "numbers": tuple(numbers)}
+
+    def _fallbacks(self, id: str, spec: Step, place: _Place) -> dict[str, Body]:
+        bodies: dict[str, Body] = {}
+        for number, one in enumerate(spec.fallback, 1):
+            frame = f"{id}.fallback{number}"
+            scope = {**place.scope, "error": _Bound("item", _parts(frame))}
+            bodies[f"fallback{number}"] = self._inside(frame, one, scope, place, _Layer.ALL)
+        return bodies
+
+    def _compensate(self, step: PlannedStep, spec: Step, place: _Place) -> None:
+        id = f"{step.id}.compensate"
+        scope = {**place.scope, "output": _Bound("step", _parts(step.id))}
+        self._layer(id, spec, _Place(scope, (), "", undoing=True), _Layer.ALL, outer=False)
+        undo = self.steps[id]
+        seen = undo.references
+        if "params" in seen:
+            # They are what the step's own expressions give once more.
+            seen = (seen - {"params"}) | step.references
+        # Its step's siblings have ended long since, and are read as what is further out is.
+        bound = self._bound(seen, id, _Place(scope))
+        self.steps[id] = replace(undo, undoes=step, references=undo.references, **bound)
+
+
+class _Layer(IntEnum):
+    """What of a step is still to be turned into a step of its own, from the outside in."""
+
+    EACH = 0
+    ALL = 1
+    """As `EACH`, for what stands by itself in a frame."""
+    REPEAT = 2
+    ACT = 3
+
+
+def _is_plain(spec: Step, layer: _Layer) -> bool:
+    """Whether what is left of the step is nothing but a block of others."""
+    if spec.type != "block" or spec.retry or spec.timeout or spec.concurrency or spec.rate:
+        return False
+    if layer <= _Layer.REPEAT and (spec.repeat or spec.fallback or spec.compensate or spec.cache):
+        return False
+    return layer > _Layer.ALL or not (
+        spec.has_for_each or spec.when or spec.deadline or (spec.on_error and spec.on_error != "fail")
     )
+
+
+def _parts(id: str) -> int:
+    return id.count(".") + 1 if id else 0
 
 
 # Cutting.
@@ -423,31 +804,77 @@ def _forward(needs: Mapping[str, tuple[str, ...]]) -> list[str]:
 
 def _describe(plan: Plan) -> Iterator[str]:
     workflow = plan.workflow
-    yield f"{workflow.name} {workflow.version}  {len(plan.steps)} steps, {len(plan.segments)} canvas"
-    width = max(len(step) for step in plan.steps)
-    kinds = max(len(step.type.name) for step in plan.steps.values())
-    for step in plan.steps.values():
-        after = f"  after {', '.join(step.needs)}" if step.needs else ""
-        when = f"  when {workflow.steps[step.id].when}" if step.when else ""
-        yield f"  {step.id:<{width}}  {step.type.name:<{kinds}}{after}{when}".rstrip()
+    yield f"{workflow.name} {workflow.version}  {_count(plan)}, {len(plan.segments)} canvas"
+    rows = list(_rows(plan))
+    width = max(len(name) for name, _, _ in rows)
+    kinds = max(len(kind) for _, kind, _ in rows)
+    for name, kind, about in rows:
+        yield f"  {name:<{width}}  {kind:<{kinds}}{about}".rstrip()
     yield "canvas"
-    for segment in plan.segments:
-        yield f"  {segment.id}  {segment}"
+    for body in plan.bodies.values():
+        where = f"{body.frame}: " if body.frame else ""
+        for segment in body.segments:
+            if not body.frame or "" not in body.steps:
+                yield f"  {where}{segment.id}  {segment}"
     carried, joined = edges(plan)
     yield f"edges on a canvas     {_edges(carried)}"
     yield f"joins by the record   {_edges(joined)}"
 
 
+def _count(plan: Plan) -> str:
+    inner = len(plan.steps) - len(plan.top.steps)
+    return f"{len(plan.top.steps)} steps" + (f" and {inner} inside of them" if inner else "")
+
+
+def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    """Each step in the order of the file: its id, its type, and what else is to be known of it."""
+    for name in plan.top.steps:
+        yield from _row(plan, plan.steps[name], 0)
+
+
+def _row(plan: Plan, step: PlannedStep, depth: int) -> Iterator[tuple[str, str, str]]:
+    yield "  " * depth + step.id, step.type.name, "".join(f"  {about}" for about in _about(step))
+    for body in step.bodies.values():
+        for inner in body.steps.values():
+            yield from _row(plan, plan.steps[inner], depth + 1)
+    if step.undoable:
+        yield from _row(plan, plan.steps[f"{step.id}.compensate"], depth + 1)
+
+
+def _about(step: PlannedStep) -> Iterator[str]:
+    if step.needs:
+        yield f"after {', '.join(step.needs)}"
+    if step.when:
+        yield f"when {step.spec.when}"
+    if step.until is not None and step.spec.repeat is not None:
+        yield f"until {step.spec.repeat.until}, at most {step.spec.repeat.max} rounds"
+    if step.type.name == "for_each":
+        yield f"{step.spec.max_parallel} at a time" if step.spec.max_parallel else ""
+    if step.retry.max_attempts > 1:
+        yield f"up to {step.retry.max_attempts} tries"
+    if step.deadline_s is not None:
+        yield f"within {step.deadline_s:g} s"
+    if step.tolerated:
+        yield "may fail"
+    if step.cache is not None:
+        yield "cached"
+    for name in ("concurrency", "rate"):
+        limit = getattr(step.spec, name) if step.limits else None
+        if limit is not None:
+            yield f"{name} {limit.limit} of {limit.key}"
+
+
 def edges(plan: Plan) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """The edges that Celery carries, and those that are joins through the record."""
-    heads = {head for segment in plan.segments for head in segment.heads}
-    reduced = _reduce({step.id: step.needs for step in plan.steps.values()})
     carried: list[tuple[str, str]] = []
     joined: list[tuple[str, str]] = []
-    for step in plan.steps.values():
-        for need in step.needs:
-            on_canvas = step.id not in heads and need in reduced[step.id]
-            (carried if on_canvas else joined).append((need, step.id))
+    for body in plan.bodies.values():
+        heads = {head for segment in body.segments for head in segment.heads}
+        reduced = _reduce(body.needs)
+        for name, needs in body.needs.items():
+            for need in needs:
+                on_canvas = name not in heads and need in reduced[name]
+                (carried if on_canvas else joined).append((body.steps[need], body.steps[name]))
     return carried, joined
 
 

@@ -12,8 +12,10 @@ Keys, all under `ferrum:{pNN}` where NN is the run's partition:
     :events:<run>   stream  what happened; holds inputs and outputs
     :parked:<run>   hash    signatures of waiting steps
     :plan:<sha256>  hash    one JSON object per step, and the workflow itself
-    :leases :timers :asks :ready:<queue>   sorted sets of `run step`, by time
-    :marks          hash    per queue, when the youngest claimed step had become ready
+    :open:<run>     set     the steps inside of others that were begun and have not ended
+    :undo:<run>     list    the steps that completed and can be undone, in that order
+    :leases :timers :asks :ready:<queue>:<lane>   sorted sets of `run step`, by time
+    :marks          hash    per queue and lane, when the youngest claimed step had become ready
     :runs           sorted set of runs, by creation
     :live           set of the runs that have not ended
     :key:<key>      the run that an idempotency key started
@@ -37,9 +39,10 @@ import redis
 from redis.backoff import NoBackoff
 from redis.client import Pipeline
 from redis.retry import Retry
+from pydantic import JsonValue
 from ulid import ULID
 
-from ferrum.errors import Conflict, NotFound, Unavailable
+from ferrum.errors import Conflict, NotFound, Unavailable, did_you_mean
 from ferrum.events import Event, RunEnded, RunState, fold, read
 from ferrum.governance.budget import counters
 from ferrum.results import RunStatus, StepStatus, Usage
@@ -52,6 +55,14 @@ KEY_LIFE_S = 86400
 MAX_LOST = 8
 #: The most of each kind that one sweep of one partition repairs.
 SWEEP_BATCH = 200
+#: Items or results that one script is given at most.
+SPREAD_BATCH = 200
+#: Signals of one name that a run keeps until a step waits for them.
+MAX_SIGNALS = 1000
+#: How many runs may be inside of each other.
+MAX_DEPTH = 200
+#: A queue is a list for each lane; the first is served first.
+LANES = 10
 
 #: How long one blocking read waits; a run that is gone is noticed this late.
 _BLOCK_S = 2.0
@@ -64,13 +75,22 @@ _NOT_NOW = (
     redis.exceptions.ReadOnlyError,
 )
 
+#: Field of a registered workflow that names its newest version.
+_NEWEST = " newest"
+
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _T = TypeVar("_T")
 
 
-def new_run_id(key: str | None = None) -> str:
-    """`run_` and a ULID, whose last character says the partition; runs of one key share theirs."""
-    partition = crc32(key.encode()) % PARTITIONS if key else random.randrange(PARTITIONS)  # noqa: S311
+def new_run_id(key: str | None = None, *, beside: str | None = None) -> str:
+    """`run_` and a ULID, whose last character says the partition.
+
+    Runs of one key share theirs, and so does a run with that `beside` which it is to be.
+    """
+    if beside is not None:
+        partition = _CROCKFORD.index(beside[-1]) % PARTITIONS
+    else:
+        partition = crc32(key.encode()) % PARTITIONS if key else random.randrange(PARTITIONS)  # noqa: S311
     # Not `ULID()`: it counts up within a millisecond, so two ids may differ in nothing but the last character.
     fresh = ULID.from_bytes(round(time.time() * 1000).to_bytes(6, "big") + os.urandom(10))
     return f"run_{str(fresh)[:-1]}{_CROCKFORD[partition + PARTITIONS * random.randrange(2)]}"  # noqa: S311
@@ -93,22 +113,113 @@ def _base(partition: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Edge:
+    """A step that waits for another one."""
+
+    #: Its name among its siblings.
+    step: str
+    #: How many needs it has.
+    needs: int
+    #: Whether the canvas of the step before carries it.
+    on_canvas: bool
+    queue: str
+    segment: str
+    deadline_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """An ended step whose output another one sees."""
+
+    #: What its expressions call it.
+    name: str
+    #: The step: the first so many parts of the reader's own id, and this behind them.
+    parts: int
+    step: str
+
+
+@dataclass(frozen=True, slots=True)
 class Node:
     """What the record must know of one step of a plan."""
 
     queue: str
     #: The canvas that it belongs to.
     segment: str
+    #: Siblings that must have ended, by their names.
     needs: tuple[str, ...]
-    #: What waits for it: step, how many needs that has, whether this step's canvas carries it, its queue and segment.
-    next: tuple[tuple[str, int, bool, str, str], ...]
+    next: tuple[Edge, ...]
     #: Whether a claim must hand out the run's input.
     wants_input: bool
+    reads: tuple[Read, ...] = ()
+    #: Names of items that it sees, and how many parts of its id are the frame whose item that is.
+    items: tuple[tuple[str, int], ...] = ()
+    #: How it stands in a frame: `None` outside of any, 0 where it is the frame, 1 where it is one of its steps.
+    inside: int | None = None
+    #: How many steps its frame has.
+    siblings: int = 1
+    #: Its frame is called as the step around it is.
+    nameless: bool = False
+    tolerated: bool = False
+    #: It can be undone: there is a step `<id>.compensate`.
+    undoable: bool = False
+    #: It, or what it is inside of, undoes something.
+    undoes: bool = False
+    #: It is what undoes, as a whole.
+    undo: bool = False
+    #: Steps may go on inside of it.
+    composed: bool = False
+    deadline_ms: int = 0
 
     def dumps(self) -> str:
-        edges = [[step, needs, int(canvas), queue, segment] for step, needs, canvas, queue, segment in self.next]
-        node = {"q": self.queue, "g": self.segment, "n": self.needs, "x": edges, "i": int(self.wants_input)}
-        return json.dumps(node, separators=(",", ":"))
+        edges = [
+            [edge.step, edge.needs, int(edge.on_canvas), edge.queue, edge.segment, edge.deadline_ms]
+            for edge in self.next
+        ]
+        node: dict[str, object] = {
+            "q": self.queue, "g": self.segment, "n": self.needs, "x": edges, "i": int(self.wants_input),
+            "s": self.siblings,
+        }  # fmt: skip
+        if self.reads:
+            node["o"] = [[read.name, read.parts, read.step] for read in self.reads]
+        if self.items:
+            node["v"] = self.items
+        if self.inside is not None:
+            node["u"] = self.inside
+        flags = {
+            "own": self.nameless, "y": self.tolerated, "c": self.undoable, "k": self.undoes, "kr": self.undo,
+            "b": self.composed, "d": self.deadline_ms,
+        }  # fmt: skip
+        node |= {name: int(value) for name, value in flags.items() if value}
+        return _dumps(node)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Steps that run together inside another one, or all of a workflow's."""
+
+    steps: int
+    #: Those that wait for none of the others: name, queue, segment and deadline in ms.
+    roots: tuple[tuple[str, str, str, int], ...]
+
+    def dumps(self) -> str:
+        return _dumps({"s": self.steps, "r": self.roots})
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """The frames that a step waits for."""
+
+    #: The name of the only one, else they are numbered from 0.
+    label: str | None
+    total: int = 1
+    #: How many at a time.
+    window: int = 1
+    #: Whether the first that fails ends the wait.
+    fail_fast: bool = False
+
+    def dumps(self) -> str:
+        known = {"total": self.total, "left": self.total, "next": 0, "window": self.window, "ff": int(self.fail_fast)}
+        return _dumps(known if self.label is None else {**known, "label": self.label})
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +231,10 @@ class NewRun:
     #: sha256 of the plan, and how to make what is kept of it: the workflow as JSON, and its nodes.
     plan: str
     document: Callable[[], str]
-    nodes: Callable[[], Mapping[str, Node]]
+    nodes: Callable[[], Mapping[str, str]]
     steps: int
-    roots: tuple[tuple[str, str], ...]
+    #: Name, queue and deadline in ms.
+    roots: tuple[tuple[str, str, int], ...]
     workflow: str
     version: str
     #: Envelope.
@@ -131,6 +243,13 @@ class NewRun:
     limits: Mapping[str, int]
     wall_time_s: float | None
     keep_s: float
+    #: 0 is served first.
+    lane: int = 4
+    deadline_s: float | None = None
+    #: The run and the step that it is part of.
+    parent: tuple[str, str] | None = None
+    #: Whether it begins at once, or by `begin`.
+    begins: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +257,21 @@ class Need:
     status: StepStatus
     #: Envelope; empty unless it completed.
     output: str
+    #: The reason of the policy, where that is why it failed.
+    denied: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FrameEnd:
+    """What a frame came to."""
+
+    #: Whether nothing in it goes on.
+    over: bool
+    ends: Mapping[str, Need]
+    #: The step in it that failed and may not, why, and what the policy had against it.
+    failed: str = ""
+    error: str = ""
+    denied: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +288,10 @@ class Claimed:
     grants: frozenset[str]
     #: Envelope; empty unless the step wants it.
     input: str
+    #: What the step asked to be told again when it was parked.
+    memory: JsonValue
+    #: Envelope of the signal that it waited for; empty before that came.
+    signal: str
     needs: Mapping[str, Need]
 
 
@@ -173,10 +311,7 @@ class Passed:
 class Ended:
     """The step has ended: what its worker must send, since no canvas will."""
 
-    #: Steps that begin a segment, one for each.
-    heads: tuple[str, ...] = ()
-    #: Steps of a broken canvas.
-    alone: tuple[str, ...] = ()
+    sends: tuple[Resend, ...] = ()
     #: Every step has ended: evaluate the run's outputs and close it.
     close: bool = False
 
@@ -197,6 +332,16 @@ class Resend:
     step_id: str
     #: The signature it was parked with; empty: alone; `head`: the segment that it begins.
     signature: str
+    lane: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What one sweep found."""
+
+    sends: tuple[Resend, ...]
+    #: In how many seconds the next timer is due; `None` where there is none.
+    next_in_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +376,15 @@ class Lost(Exception):
 
 class Over(Exception):
     """The run ended, because an act would have passed a limit of its budget."""
+
+    def __init__(self, limit: str, sends: tuple[Resend, ...] = ()) -> None:
+        super().__init__(limit, sends)
+        #: What must be sent because of that.
+        self.sends = sends
+
+
+class TooDeep(Exception):
+    """The run would be inside of too many others."""
 
 
 class Script:
@@ -309,24 +463,34 @@ class Record(Connection):
     # What a run goes through.
 
     def create(self, run: NewRun) -> str:
-        """Begin a run; returns its id, or the id of the run that its key started first."""
+        """Begin a run; returns its id, or the id of the run that its key started first.
+
+        Raises `TooDeep`, and `Lost` when the run that it is part of has ended.
+        """
         limits = _dumps(dict(run.limits)) if run.limits else ""
         wall = str(round(run.wall_time_s * 1000)) if run.wall_time_s is not None else ""
-        created = _dumps({"workflow": run.workflow, "version": run.version, "plan": run.plan})
+        deadline = str(round(run.deadline_s * 1000)) if run.deadline_s is not None else ""
+        parent = " ".join(run.parent) if run.parent else ""
+        made = {"workflow": run.workflow, "version": run.version, "plan": run.plan}
+        created = _dumps({**made, "parent": run.parent} if run.parent else made)
         keep_ms = round(run.keep_s * 1000)
         arguments: list[str | int] = [
             run.run_id, run.key or "", KEY_LIFE_S * 1000, run.plan, keep_ms, limits, wall, int(run.has_outputs),
-            run.steps, run.input, created, *(text for root in run.roots for text in root),
+            run.steps, run.input, created, run.lane, deadline, parent, MAX_DEPTH, int(run.begins),
+            *(text for root in run.roots for text in root),
         ]  # fmt: skip
         reply = self._run("create", run.run_id, *arguments)
         while reply[0] == "plan":
             self._store_plan(run)
             reply = self._run("create", run.run_id, *arguments)
+        if reply[0] == "deep":
+            raise TooDeep
+        if reply[0] == "gone":
+            raise Lost
         return run.run_id if reply[0] == "new" else str(reply[1])
 
     def _store_plan(self, run: NewRun) -> None:
-        fields = {step: node.dumps() for step, node in run.nodes().items()}
-        fields[" doc"] = run.document()
+        fields = {**run.nodes(), " doc": run.document()}
         self._run("store_plan", run.run_id, run.run_id, run.plan, *(text for pair in fields.items() for text in pair))
 
     def plan_document(self, run_id: str, plan: str) -> str:
@@ -362,7 +526,7 @@ class Record(Connection):
             _dumps(_wire(wanted)), _dumps(_wire(spent)), _dumps(body),
         )  # fmt: skip
         if reply[0] == "over":
-            raise Over(str(reply[1]))
+            raise Over(str(reply[1]), _sends(reply[2]))
         _held(reply)
 
     def finish(
@@ -386,19 +550,32 @@ class Record(Connection):
         return _ended(reply)
 
     def park(
-        self, held: Held, kind: str, signature: str, data: Mapping[str, object], *,
-        wake_in_s: float | None, usage: Usage, bound: str = "",
-    ) -> None:  # fmt: skip
-        """The step leaves its worker to wait. Raises `Lost`."""
+        self, held: Held, kind: str, signature: str, data: Mapping[str, object], *, wake_in_s: float | None,
+        usage: Usage, bound: str = "", memory: JsonValue = None, awaited: str = "", frames: Frames | None = None,
+        item: str = "",
+    ) -> Ended:  # fmt: skip
+        """The step leaves its worker to wait; `awaited` is a signal's name or a run's id. Raises `Lost`."""
         wire = _wire(usage)
-        wake = "" if wake_in_s is None else str(round(wake_in_s * 1000))
+        wake = "" if wake_in_s is None else str(max(0, round(wake_in_s * 1000)))
         body = {**data, "kind": kind, "wakes_in": wake_in_s, "usage": wire}
-        _held(
-            self._run(
-                "park", held.run_id, held.run_id, held.step_id, held.token, kind, wake, signature, _dumps(body),
-                _dumps(wire), bound,
-            )
+        reply = self._run(
+            "park", held.run_id, held.run_id, held.step_id, held.token, kind, wake, signature, _dumps(body),
+            _dumps(wire), bound, _dumps(memory) if memory is not None else "", awaited,
+            frames.dumps() if frames else "", item,
         )  # fmt: skip
+        _held(reply)
+        return _ended(reply)
+
+    def spread(self, held: Held, items: Sequence[tuple[str, str]]) -> None:
+        """Keep the items of frames that are to begin: frame and envelope. Raises `Lost`."""
+        for start in range(0, len(items), SPREAD_BATCH):
+            batch = items[start : start + SPREAD_BATCH]
+            texts = [text for item in batch for text in item]
+            _held(self._run("spread", held.run_id, held.run_id, held.step_id, held.token, *texts))
+
+    def wake(self, run_id: str, step_id: str, kind: str, why: str) -> tuple[Resend, ...]:
+        """What the step waited for outside of its run is there; what must be sent."""
+        return _ended(self._run("wake", run_id, run_id, step_id, kind, why)).sends
 
     def hand_back(self, held: Held, worker: str, attempt: int, usage: Usage) -> None:
         """A stopping worker gives the step back, to run again elsewhere. Raises `Lost`."""
@@ -406,24 +583,45 @@ class Record(Connection):
         body = {"reason": "its worker is stopping", "worker": worker, "attempt": attempt, "usage": wire}
         _held(self._run("hand_back", held.run_id, held.run_id, held.step_id, held.token, _dumps(wire), _dumps(body)))
 
-    def close(self, run_id: str, status: RunStatus, *, outputs: str = "", reason: str | None = None) -> None:
-        """End a run whose steps have all ended. Nothing happens to one that ended already."""
+    def close(
+        self, run_id: str, status: RunStatus, *, outputs: str = "", reason: str | None = None
+    ) -> tuple[Resend, ...]:
+        """End a run whose steps have all ended, and return what must be sent.
+
+        Nothing happens to one that ended already.
+        """
         data = {"status": status.value} | ({"reason": reason} if reason else {})
-        self._run("close", run_id, run_id, status.value, _dumps(data), outputs)
+        reply = self._run("close", run_id, run_id, status.value, _dumps(data), outputs)
+        return _sends(reply[2]) if reply[0] == "ok" else ()
+
+    def adopt(self, run_id: str, kept: Sequence[tuple[str, Mapping[str, object], str]]) -> None:
+        """Results that a run takes over before it begins: step, what its event says, envelope."""
+        for start in range(0, len(kept), SPREAD_BATCH):
+            batch = kept[start : start + SPREAD_BATCH]
+            texts = [text for step, data, output in batch for text in (step, _dumps(data), output)]
+            self._run("adopt", run_id, run_id, *texts)
+
+    def begin(self, run_id: str, ready: Sequence[tuple[str, str, int]], ended: Mapping[str, int]) -> None:
+        """Begin a run whose results were taken over.
+
+        `ready`: name, queue and deadline in ms of what can run; `ended`: of the others, how many needs have ended.
+        """
+        texts = [text for step in ready for text in step]
+        self._run("begin", run_id, run_id, len(ready), *texts, *(text for pair in ended.items() for text in pair))
 
     # What people do to a run.
 
-    def decide(self, run_id: str, step_id: str, verdict: Verdict) -> Resend:
-        """Answer what waits for a person. Raises `NotFound`, and `Conflict` for a second answer."""
+    def decide(self, run_id: str, step_id: str, verdict: Verdict) -> tuple[Resend, ...]:
+        """Answer what waits for a person; returns what must be sent. Raises `NotFound`, and `Conflict` for a second answer."""
         data = {"approved": verdict.approved, "by": verdict.by, "note": verdict.note}
         # The time makes this answer ours: when the reply is lost and we ask again, we know it.
         text = _dumps({**data, "at": time.time_ns()})
         reply = self._run("decide", run_id, run_id, step_id, text, _dumps(data), int(verdict.approved))
         if reply[0] == "ok":
-            return Resend(run_id, step_id, str(reply[1]))
+            return _sends(reply[2])
         state, first = str(reply[1]), str(reply[2])
         if first == text:
-            return Resend(run_id, step_id, "")
+            return ()
         if state == "missing":
             raise NotFound(f"there is no run {run_id!r}; it may have been removed after its time")
         if state == "no step":
@@ -432,17 +630,31 @@ class Record(Connection):
             raise Conflict(f"{step_id!r} of run {run_id!r} {_said(first)}; a decision is final")
         raise Conflict(f"{step_id!r} of run {run_id!r} waits for no decision: it is {state}")
 
-    def cancel(self, run_id: str, by: str, reason: str | None = None) -> None:
-        """End a run now. Raises `NotFound`, and `Conflict` for one that has ended."""
+    def signal(self, run_id: str, name: str, envelope: str, by: str) -> tuple[Resend, ...]:
+        """Hand a signal to the step that waits for it, or keep it until one does; returns what must be sent.
+
+        Raises `NotFound`, and `Conflict` for a run that has ended or holds too many signals of that name.
+        """
+        data = _dumps({"name": name, "by": by})
+        reply = self._run("signal", run_id, run_id, name, envelope, data, MAX_SIGNALS, str(ULID()))
+        _live(run_id, reply)
+        if reply[0] == "full":
+            raise Conflict(f"run {run_id!r} keeps {MAX_SIGNALS} signals {name!r} that no step has waited for")
+        return _sends(reply[2])
+
+    def cancel(self, run_id: str, by: str, reason: str | None = None) -> tuple[Resend, ...]:
+        """End a run now; returns what must be sent. Raises `NotFound`, and `Conflict` for one that has ended."""
         data = {"status": "cancelled", "by": by} | ({"reason": reason} if reason else {})
         # The last argument makes this cancel ours: when the reply is lost and we ask again, the record knows it.
-        _live(run_id, self._run("cancel", run_id, run_id, _dumps(data), str(ULID())))
+        reply = self._run("cancel", run_id, run_id, _dumps(data), str(ULID()))
+        _live(run_id, reply)
+        return _sends(reply[2])
 
-    def nudge(self, run_id: str) -> list[Resend]:
+    def nudge(self, run_id: str) -> tuple[Resend, ...]:
         """Wake what waits for its time and send again what is ready. Raises `NotFound` and `Conflict`."""
         reply = self._run("nudge", run_id, run_id)
         _live(run_id, reply)
-        return [Resend(run_id, str(reply[i]), str(reply[i + 1])) for i in range(1, len(reply), 2)]
+        return _sends(reply[2])
 
     # What keeps runs going.
 
@@ -462,12 +674,12 @@ class Record(Connection):
             pipe.zrem(f"{base}:leases", *(f"{one.run_id} {one.step_id} {one.token}" for one in group))
         pipe.execute()
 
-    def sweep(self, queues: Mapping[str, bool], *, resend_after_s: float, reap: bool) -> list[Resend]:
+    def sweep(self, queues: Mapping[tuple[str, int], bool], *, resend_after_s: float, reap: bool) -> Swept:
         """Repair every partition once: due timers, dead workers, lost messages.
 
-        `queues` says of each queue whether it is empty at the broker.
+        `queues` says of each queue and lane whether it is empty at the broker.
         """
-        names = [text for queue, empty in queues.items() for text in (queue, str(int(empty)))]
+        names = [text for (queue, lane), empty in queues.items() for text in (queue, str(lane), str(int(empty)))]
         arguments: list[str | int] = ["", int(reap), round(resend_after_s * 1000), MAX_LOST, SWEEP_BATCH, *names]
         script = _script("sweep")
 
@@ -480,7 +692,8 @@ class Record(Connection):
         except redis.exceptions.NoScriptError:
             self._redis.script_load(script.text)
             replies = self._at_once(ask)
-        return [Resend(*flat[i : i + 3]) for flat in replies for i in range(0, len(flat), 3)]
+        waits = [int(flat[-1]) / 1000 for flat in replies if flat[-1] != ""]
+        return Swept(tuple(one for flat in replies for one in _sends(flat[:-1])), min(waits, default=None))
 
     def alone(self, name: str, holder: str, for_s: float) -> bool:
         """Whether this holder has the lock `name` now, for so long; holding it already renews it."""
@@ -508,13 +721,14 @@ class Record(Connection):
         found = self._patiently(lambda: self._redis.zrangebyscore("ferrum:workers", time.time(), "+inf"))
         return [str(name) for name in cast("list[str]", found)]
 
-    def empty_queues(self, queues: Iterable[str]) -> dict[str, bool]:
-        """Whether each queue is empty at the broker."""
-        names = list(queues)
+    def empty_queues(self, queues: Iterable[str]) -> dict[tuple[str, int], bool]:
+        """Whether each queue is empty at the broker, for each lane of it."""
+        lanes = [(queue, lane) for queue in queues for lane in range(LANES)]
         pipe = self._redis.pipeline(transaction=False)
-        for name in names:
-            pipe.llen(name)
-        return {name: length == 0 for name, length in zip(names, pipe.execute(), strict=True)}
+        for queue, lane in lanes:
+            # As kombu names the list of a priority.
+            pipe.llen(f"{queue}\x06\x16{lane}" if lane else queue)
+        return {lane: length == 0 for lane, length in zip(lanes, pipe.execute(), strict=True)}
 
     # What can be seen.
 
@@ -578,7 +792,9 @@ class Record(Connection):
         base = base_of(run_id)
         raws = self._patiently(lambda: self._redis.hmget(f"{base}:steps:{run_id}", names))
         found: dict[str, Any] = {
-            name: json.loads(raw) for name, raw in zip(names, cast("list[Any]", raws), strict=True) if raw
+            name: state
+            for name, raw in zip(names, cast("list[Any]", raws), strict=True)
+            if raw and "e" in (state := json.loads(raw))
         }
 
         def ask(pipe: Pipeline) -> None:
@@ -587,9 +803,72 @@ class Record(Connection):
 
         entries = self._patiently(lambda: self._at_once(ask))
         return {
-            name: Need(StepStatus(state["s"]), entry[0][1].get("o", ""))
+            name: Need(StepStatus(state["s"]), entry[0][1].get("o", ""), state.get("x", ""))
             for (name, state), entry in zip(found.items(), entries, strict=True)
         }
+
+    def frame_ends(self, run_id: str, frames: Sequence[str], names: Sequence[str]) -> list[FrameEnd]:
+        """How these frames ended: what the steps called `names` in them left, and what failed."""
+        base = base_of(run_id)
+        ids = [[f"{frame}.{name}" if name else frame for name in names] for frame in frames]
+        fields = [
+            field for frame, inner in zip(frames, ids, strict=True) for field in (f"F:{frame}", f"L:{frame}", *inner)
+        ]
+        raws = cast("list[Any]", self._patiently(lambda: self._redis.hmget(f"{base}:steps:{run_id}", fields)))
+        width = 2 + len(names)
+        rows = [raws[i : i + width] for i in range(0, len(raws), width)]
+        failing = [row[0] for row in rows if row[0]]
+        culprits = dict(zip(failing, self._states(run_id, failing), strict=True))
+        states = [state for row in rows for raw in row[2:] if raw and "e" in (state := json.loads(raw))]
+        states += culprits.values()
+
+        def ask(pipe: Pipeline) -> None:
+            for state in states:
+                pipe.xrange(f"{base}:events:{run_id}", state["e"], state["e"])
+
+        entries = self._patiently(lambda: self._at_once(ask)) if states else []
+        events = {state["e"]: entry[0][1] for state, entry in zip(states, entries, strict=True)}
+        return [_frame_end(row, names, culprits, events) for row in rows]
+
+    def _states(self, run_id: str, steps: Sequence[str]) -> list[dict[str, Any]]:
+        if not steps:
+            return []
+        raws = self._patiently(lambda: self._redis.hmget(f"{base_of(run_id)}:steps:{run_id}", list(steps)))
+        return [json.loads(raw) for raw in cast("list[str]", raws)]
+
+    def register(self, name: str, version: str, document: str) -> None:
+        """Keep a workflow under its name and version, which is the newest from here on.
+
+        Raises `Conflict` for a version that is there and says something else.
+        """
+        key = f"ferrum:{{workflows}}:{name}"
+        if not self._patiently(lambda: self._redis.hsetnx(key, version, document)):
+            known = self._patiently(lambda: self._redis.hget(key, version))
+            if known != document:
+                raise Conflict(f"version {version!r} of workflow {name!r} is registered and says something else")
+        self._patiently(lambda: self._redis.hset(key, _NEWEST, version))
+
+    def registered(self, name: str, version: str | None) -> Mapping[str, JsonValue]:
+        """The workflow that is kept under this name, and version; the newest without one. Raises `NotFound`."""
+        key = f"ferrum:{{workflows}}:{name}"
+        wanted = version or self._patiently(lambda: self._redis.hget(key, _NEWEST))
+        text = self._patiently(lambda: self._redis.hget(key, str(wanted))) if wanted else None
+        if text is None:
+            known = [str(one) for one in cast("Any", self._patiently(lambda: self._redis.hkeys(key))) if one != _NEWEST]
+            if not known:
+                raise NotFound(f"no workflow {name!r} is registered: ferrum workflows register FILE")
+            raise NotFound(f"workflow {name!r} has no version {version!r}{did_you_mean(str(version), known)}")
+        found: dict[str, JsonValue] = json.loads(str(text))
+        return found
+
+    def registrations(self) -> list[tuple[str, str, bool]]:
+        """Every registered workflow: name, version, whether it is the newest."""
+        found: list[tuple[str, str, bool]] = []
+        for key in self._patiently(lambda: list(self._redis.scan_iter("ferrum:{workflows}:*", count=1000))):
+            versions = cast("dict[str, str]", self._patiently(partial(self._redis.hgetall, key)))
+            newest = versions.pop(_NEWEST, "")
+            found += [(str(key).split(":", 2)[2], version, version == newest) for version in versions]
+        return sorted(found)
 
     def input(self, run_id: str) -> str:
         """The envelope of the run's input."""
@@ -670,10 +949,32 @@ class Record(Connection):
 
 
 def _claimed(reply: list[Any]) -> Claimed:
-    _, plan, attempt, failed, verdict, bound, grants, run_input, *needs = reply
+    _, plan, attempt, failed, verdict, bound, grants, run_input, memory, signal, *needs = reply
     ends = {needs[i]: Need(StepStatus(needs[i + 1]), needs[i + 2]) for i in range(0, len(needs), 3)}
     said = _verdict(verdict) if verdict else None
-    return Claimed(plan, attempt, failed, said, bound, frozenset(json.loads(grants)), run_input, ends)
+    kept = json.loads(memory) if memory else None
+    return Claimed(plan, attempt, failed, said, bound, frozenset(json.loads(grants)), run_input, kept, signal, ends)
+
+
+def _frame_end(
+    row: Sequence[Any],
+    names: Sequence[str],
+    culprits: Mapping[str, dict[str, Any]],
+    events: Mapping[str, dict[str, str]],
+) -> FrameEnd:
+    failing, left, *raws = row
+    ends: dict[str, Need] = {}
+    for name, raw in zip(names, raws, strict=True):
+        state = json.loads(raw) if raw else {}
+        if "e" in state:
+            ends[name] = Need(StepStatus(state["s"]), events[state["e"]].get("o", ""))
+    # A frame of one step counts nothing: it has ended when that has.
+    over = len(ends) == len(names) if left is None else left == "0"
+    if not failing:
+        return FrameEnd(over, ends)
+    culprit = culprits[failing]
+    error = str(json.loads(events[culprit["e"]]["d"]).get("error", ""))
+    return FrameEnd(over, ends, failing, error, culprit.get("x", ""))
 
 
 def _verdict(text: str) -> Verdict:
@@ -689,7 +990,11 @@ def _said(text: str) -> str:
 
 
 def _ended(reply: list[Any]) -> Ended:
-    return Ended(tuple(reply[2]), tuple(reply[3]), bool(reply[1]))
+    return Ended(_sends(reply[2]), bool(reply[1]))
+
+
+def _sends(flat: list[Any]) -> tuple[Resend, ...]:
+    return tuple(Resend(flat[i], flat[i + 1], flat[i + 2], int(flat[i + 3])) for i in range(0, len(flat), 4))
 
 
 def _held(reply: list[Any]) -> None:

@@ -13,6 +13,8 @@ class RunStatus(StrEnum):
     QUEUED = "queued"
     RUNNING = "running"
     WAITING_APPROVAL = "waiting_approval"
+    COMPENSATING = "compensating"
+    """It has failed or was cancelled, and what completed is being undone."""
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -40,7 +42,7 @@ class StepStatus(StrEnum):
         return self not in _LIVE_STEP
 
 
-_LIVE_RUN = frozenset({RunStatus.QUEUED, RunStatus.RUNNING, RunStatus.WAITING_APPROVAL})
+_LIVE_RUN = frozenset({RunStatus.QUEUED, RunStatus.RUNNING, RunStatus.WAITING_APPROVAL, RunStatus.COMPENSATING})
 _LIVE_STEP = frozenset({StepStatus.PENDING, StepStatus.RUNNING, StepStatus.WAITING})
 
 

@@ -9,12 +9,12 @@ from os import PathLike
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from ferrum.artifacts import Artifacts, Kept
-from ferrum.errors import FerrumError, NotFound
+from ferrum.errors import FerrumError, InputError, NotFound
 from ferrum.events import Event, RunState
 from ferrum.plan import Plan
-from ferrum.record import Asked, Record, Resend, Verdict, follow
+from ferrum.record import LANES, Asked, Record, Resend, Verdict, follow
 from ferrum.results import RunStatus, StepResult, StepStatus, Usage
-from ferrum.sending import resend, start
+from ferrum.sending import send, start
 from ferrum.settings import settings
 from ferrum.workflow import Workflow
 
@@ -85,16 +85,19 @@ def submit(
     input: Mapping[str, JsonValue] | None = None,
     *,
     key: str | None = None,
+    priority: int | None = None,
 ) -> str:
     """Start a run and return its id at once.
 
     `workflow` is a value, a mapping, or a file's path. It is planned before anything is sent, so a mistake raises
     `WorkflowError` or `InputError` here and not in a worker. The same `key` within 24 h returns the run that it started
-    first.
+    first. `priority`, 0 to 9, is used instead of the workflow's; 9 is most urgent.
     """
     from ferrum.celery import app
 
-    return start(app, record(), artifacts(), _planned(workflow), input or {}, key=key)
+    if priority is not None and priority not in range(LANES):
+        raise InputError(f"a priority is a whole number from 0 to {LANES - 1}, not {priority!r}")
+    return start(app, record(), artifacts(), _planned(workflow), input or {}, key=key, priority=priority)
 
 
 def _planned(source: Workflow | Mapping[str, object] | str | PathLike[str]) -> Plan:
@@ -129,7 +132,9 @@ def plan_of(run_id: str) -> Plan:
 def show(run_id: str) -> RunView:
     """All that is known of a run. Raises `NotFound`."""
     state = record().state(run_id)
-    return view_of(state, tuple(plan_of(run_id).steps), artifacts())
+    # Those inside of others are there once they were begun.
+    steps = dict.fromkeys([*plan_of(run_id).top.steps, *state.steps])
+    return view_of(state, tuple(steps), artifacts())
 
 
 def view_of(state: RunState, steps: Sequence[str], store: Artifacts) -> RunView:
@@ -186,9 +191,16 @@ def decide(run_id: str, step_id: str | None = None, *, approved: bool, by: str, 
     Without `step_id` it is the one that waits. Raises `NotFound`, and `Conflict` when it was answered before.
     """
     step = step_id or _one_that_waits(run_id)
-    what = record().decide(run_id, step, Verdict(approved, by, note))
-    _resend(what)
+    _send(record().decide(run_id, step, Verdict(approved, by, note)))
     return step
+
+
+def signal(run_id: str, name: str, data: JsonValue = None, *, by: str = "") -> None:
+    """Give a run a signal, for the step that waits for it now or later.
+
+    Raises `NotFound`, and `Conflict` for a run that has ended, or that holds a thousand of them already.
+    """
+    _send(record().signal(run_id, name, artifacts().keep(data).dumps(), by))
 
 
 def _one_that_waits(run_id: str) -> str:
@@ -203,7 +215,7 @@ def _one_that_waits(run_id: str) -> str:
 
 def cancel(run_id: str, *, by: str = "", reason: str | None = None) -> None:
     """End a run now, whatever it is doing. Raises `NotFound`, and `Conflict` for one that has ended."""
-    record().cancel(run_id, by, reason)
+    _send(record().cancel(run_id, by, reason))
 
 
 def resume(run_id: str) -> None:
@@ -212,11 +224,11 @@ def resume(run_id: str) -> None:
     Steps that wait to be tried again are tried, and what is ready is sent again. Raises `NotFound`, and `Conflict` for
     a run that has ended.
     """
-    for what in record().nudge(run_id):
-        _resend(what)
+    _send(record().nudge(run_id))
 
 
-def _resend(what: Resend) -> None:
-    from ferrum.celery import app
+def _send(sends: Sequence[Resend]) -> None:
+    if sends:
+        from ferrum.celery import app
 
-    resend(app, plan_of(what.run_id), what)
+        send(app, plan_of, sends)

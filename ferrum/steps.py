@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar, overload
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
+from ferrum.errors import Denied, StepError, StepTimeout
 from ferrum.governance.acts import ModelCall, ModelReply, ToolCall, ToolReply
 from ferrum.record import Verdict
-from ferrum.workflow import Retry
+from ferrum.workflow import Retry, Step
 
 
 class Params(BaseModel):
@@ -50,25 +52,139 @@ class Attempt(Protocol):
         """What a person decided about this step; `None` before."""
         ...
 
+    @property
+    def memory(self) -> JsonValue:
+        """What it asked to be told again when it last waited; `None` before."""
+        ...
+
+    def signal(self) -> tuple[JsonValue] | None:
+        """The data of the signal that it waited for; `None` while none came."""
+        ...
+
     @overload
     async def perform(self, act: ModelCall) -> ModelReply: ...
     @overload
     async def perform(self, act: ToolCall) -> ToolReply: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What one frame inside a step came to."""
+
+    #: False while something in it still goes on.
+    over: bool
+    output: JsonValue = None
+    #: Why it failed; empty where it did not.
+    error: str = ""
+    #: What the policy had against it, where that is why.
+    denied: str = ""
+    #: What its steps left, by their names.
+    outputs: Mapping[str, JsonValue] = field(default_factory=dict)
+
+    def or_raise(self, too_long: str) -> JsonValue:
+        """Its output. Raises `StepError` where it failed, and `StepTimeout` where it is not over."""
+        if self.denied:
+            raise Denied(self.denied)
+        if self.error:
+            raise StepError(self.error, retry=True)
+        if not self.over:
+            raise StepTimeout(too_long, retry=True)
+        return self.output
+
+
+class Composed(Attempt, Protocol):
+    """What a step that is made of other steps sees besides."""
+
+    @property
+    def spec(self) -> Step:
+        """What the author wrote."""
+        ...
+
+    def frame(self, label: str) -> Done:
+        """What its frame with this label came to."""
+        ...
+
+    def frames(self, count: int) -> Iterator[Done]:
+        """What its frames 0 to `count - 1` came to."""
+        ...
+
+    def until(self, done: Done, label: str) -> bool:
+        """Whether its `until` is true after this round."""
+        ...
+
+    def start_run(
+        self, workflow: Mapping[str, JsonValue], input: Mapping[str, JsonValue], budget: Mapping[str, JsonValue] | None
+    ) -> str:
+        """Start a run inside this one, once for each attempt; its id. Raises `StepError`."""
+        ...
+
+    def registered(self, name: str, version: str | None) -> Mapping[str, JsonValue]:
+        """The workflow that is registered so. Raises `StepError`."""
+        ...
+
+    def run_end(self, run_id: str) -> Done:
+        """What a run that it started came to."""
+        ...
+
+    def choose(self, targets: Mapping[str, str]) -> Mapping[str, Health]:
+        """How the targets of these names are doing."""
+        ...
+
+    def report(self, target: str, *, ok: bool, latency_ms: float) -> None:
+        """Tell all workers how a use of the target went."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How a target has been doing lately."""
+
+    #: Whether it may be used: not while its circuit breaker is open.
+    usable: bool
+    failures: int = 0
+    latency_ms: float | None = None
+
+
+class Inside(Exception):
+    """Raised by a composed step to let frames run inside it; it is run again when they have ended."""
+
+    def __init__(
+        self, message: str, *, label: str | None = None, items: Sequence[JsonValue] = (), window: int = 1,
+        fail_fast: bool = False, memory: JsonValue = None, wake_in_s: float | None = None,
+    ) -> None:  # fmt: skip
+        """One frame called `label`, given the only item, if any; or one for each of `items`, numbered from 0."""
+        super().__init__(message)
+        self.message = message
+        self.label = label
+        self.items = items
+        self.window = window
+        self.fail_fast = fail_fast
+        self.memory = memory
+        self.wake_in_s = wake_in_s
+
+
+class Skip(Exception):
+    """Raised by a step type where there is nothing to do: the step counts as skipped, for this reason."""
+
+
 class Park(Exception):
     """Raised by a step type to wait without a worker; it is run again from its start when the wait is over."""
 
     def __init__(
-        self, kind: str, message: str, wake_in_s: float | None = None, act: JsonValue = None, bound: str = ""
-    ) -> None:
-        super().__init__(kind, message, wake_in_s, act, bound)
+        self, kind: str, message: str, wake_in_s: float | None = None, act: JsonValue = None, bound: str = "",
+        memory: JsonValue = None, awaited: str = "",
+    ) -> None:  # fmt: skip
+        super().__init__(kind, message, wake_in_s, act, bound, memory, awaited)
         self.kind = kind
         self.message = message
         self.wake_in_s = wake_in_s
         #: The act that a person is asked about, and its digest.
         self.act = act
         self.bound = bound
+        #: What `Attempt.memory` is when it is run again.
+        self.memory = memory
+        #: The signal, or the run, that it waits for.
+        self.awaited = awaited
 
 
 P = TypeVar("P", bound=Params)
@@ -77,13 +193,18 @@ P = TypeVar("P", bound=Params)
 class StepType(ABC, Generic[P]):
     """One kind of step. Stateless; one value serves all steps of the type."""
 
-    #: What authors write after `type:`; the Celery task is `ferrum.<name>`, and so is its queue.
+    #: What authors write after `type:`; the Celery task is `ferrum.<name>`, and so is its queue, but that composed
+    #: ones, which only decide what is next, share `ferrum.flow`.
     name: ClassVar[str]
     params: type[P]
     #: How often a step of this type is tried where its author says nothing.
     retry: ClassVar[Retry] = Retry(max_attempts=1)
     #: Seconds that one attempt may take where its author says nothing; `None`: no limit.
     timeout_s: ClassVar[float | None] = None
+    #: Whether an author can write it; the others are made of what changes how a step is run.
+    written: ClassVar[bool] = True
+    #: Whether it is made of other steps.
+    composed: ClassVar[bool] = False
     #: Its `timeout` is how long it waits, not how long an attempt may take; the workflow's default is not for it.
     waits: ClassVar[bool] = False
 
@@ -97,7 +218,7 @@ class StepType(ABC, Generic[P]):
 
     @property
     def queue(self) -> str:
-        return f"ferrum.{self.name}"
+        return "ferrum.flow" if self.composed else f"ferrum.{self.name}"
 
 
 @cache

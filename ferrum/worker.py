@@ -17,7 +17,7 @@ from celery.worker.consumer import Tasks
 from ferrum.errors import NotFound, SettingsError, Unavailable
 from ferrum.executor import Executor, Holds
 from ferrum.record import Record
-from ferrum.sending import resend
+from ferrum.sending import send
 from ferrum.settings import Settings, settings
 from ferrum.steps import step_types
 
@@ -46,8 +46,14 @@ class _Every:
     def __init__(self, name: str, every_s: float, once: Callable[[], None]) -> None:
         self._every_s = every_s
         self._once = once
+        self._next_s = every_s
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def soon(self, in_s: float | None) -> None:
+        """Take the next turn in so many seconds, if that is earlier than it would be."""
+        if in_s is not None:
+            self._next_s = max(0.01, min(self._every_s, in_s))
 
     def start(self) -> None:
         self._thread.start()
@@ -57,7 +63,8 @@ class _Every:
         self._thread.join(10)
 
     def _run(self) -> None:
-        while not self._stopped.wait(self._every_s):
+        while not self._stopped.wait(self._next_s):
+            self._next_s = self._every_s
             self._once()
 
 
@@ -105,7 +112,7 @@ class Sweeper:
         self._app = app
         self._executor = executor
         self._config = config
-        self._queues = [kind.queue for kind in step_types().values()]
+        self._queues = sorted({kind.queue for kind in step_types().values()})
         #: Leases are not reaped before this: when Redis was away, those of living workers ran out too.
         self._reap_from = 0.0
         self._forget_from = 0.0
@@ -152,12 +159,14 @@ class Sweeper:
     def _sweep(self) -> None:
         record, now = self._executor.record, time.monotonic()
         queues = record.empty_queues(self._queues)
-        for what in record.sweep(queues, resend_after_s=self._config.resend_after, reap=now >= self._reap_from):
+        found = record.sweep(queues, resend_after_s=self._config.resend_after, reap=now >= self._reap_from)
+        for what in found.sends:
             try:
-                plan = self._executor.plan(what.run_id, record.plan_digest(what.run_id))
-                resend(self._app, plan, what)
+                send(self._app, self._executor.plan_of, [what])
             except NotFound:
                 log.info("%s is gone, nothing to send", what.run_id)
+        # A timer that is due soon is not kept waiting for the whole of a turn.
+        self._every.soon(found.next_in_s)
         if now >= self._forget_from:
             record.forget_ended()
             self._forget_from = now + 60

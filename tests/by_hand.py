@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 
 from ferrum.governance.budget import Limits, ceilings
 from ferrum.plan import Plan
-from ferrum.record import Claimed, Dropped, Ended, Held, NewRun, Node, Passed, Record, Resend, new_run_id
+from ferrum.record import Claimed, Dropped, Ended, Held, Passed, Record, Resend, new_run_id
 from ferrum.results import StepStatus, Usage
 from ferrum.workflow import Workflow
 
@@ -40,18 +41,11 @@ class ByHand:
         self.record = record
         self.plan = Plan(needs if isinstance(needs, Workflow) else workflow_of(needs, **more))
         self.queue = f"q-{uuid.uuid4().hex[:8]}"
-        self.new = NewRun(
-            run_id=new_run_id(key),
-            key=key,
+        self.new = replace(
+            self.plan.new_run(new_run_id(key), key, input),
             plan=f"{self.plan.digest}-{self.queue}",
-            document=lambda: self.plan.document,
             nodes=self._nodes,
-            steps=len(self.plan.steps),
-            roots=tuple((step.id, self.queue) for step in self.plan.roots),
-            workflow="by-hand",
-            version="1",
-            input=input,
-            has_outputs=bool(self.plan.workflow.outputs),
+            roots=tuple((step.id, self.queue, 0) for step in self.plan.roots),
             limits=ceilings(limits or Limits()),
             wall_time_s=wall_time_s,
             keep_s=keep_s,
@@ -59,10 +53,17 @@ class ByHand:
         self.run_id = record.create(self.new)
         self.held: dict[str, Held] = {}
 
-    def _nodes(self) -> dict[str, Node]:
-        def moved(node: Node) -> Node:
-            behind = tuple((step, needs, canvas, self.queue, segment) for step, needs, canvas, _, segment in node.next)
-            return replace(node, queue=self.queue, next=behind, wants_input=True)
+    def _nodes(self) -> dict[str, str]:
+        def moved(text: str) -> str:
+            node = json.loads(text)
+            if "r" in node:
+                node["r"] = [[name, self.queue, segment, late] for name, _, segment, late in node["r"]]
+            else:
+                edges = [
+                    [step, n, canvas, self.queue, segment, late] for step, n, canvas, _, segment, late in node["x"]
+                ]
+                node |= {"q": self.queue, "x": edges, "i": 1}
+            return json.dumps(node)
 
         return {step: moved(node) for step, node in self.plan.nodes().items()}
 
@@ -119,8 +120,8 @@ class ByHand:
         )  # fmt: skip
 
     def sweep(self, *, empty: bool = True, resend_after_s: float = 60, reap: bool = True) -> list[Resend]:
-        found = self.record.sweep({self.queue: empty}, resend_after_s=resend_after_s, reap=reap)
-        return [one for one in found if one.run_id == self.run_id]
+        found = self.record.sweep({(self.queue, self.new.lane): empty}, resend_after_s=resend_after_s, reap=reap)
+        return [one for one in found.sends if one.run_id == self.run_id]
 
     def happened(self) -> list[str]:
         """The run's events, as `type` or `type step`."""

@@ -1,20 +1,22 @@
 -- ARGV: run, step, token, worker, lease ms.
--- Returns {'run', plan, attempt, failed tries, verdict, bound, grants JSON, input, need, status, output, …},
--- {'skipped', close, heads, alone}, {'pass'} (ended before; its canvas may go on), {'close', 1, {}, {}} (ended, but
+-- Returns {'run', plan, attempt, failed tries, verdict, bound, grants JSON, input, memory, signal envelope,
+-- then (name, status, output)… of its needs and of what else it reads, items of frames among them},
+-- {'skipped', close, sends}, {'pass'} (ended before; its canvas may go on), {'close', 1, {}} (ended, but
 -- the run is not closed) or {'drop', why}.
 local step, token = ARGV[2], ARGV[3]
-local status, state = live(), load(step)
+local here = redis.call('EXISTS', run_key) == 1 and node(step)
+local status, state = live(here), load(step)
 if state.s == 'skipped' and state.k == token then
-  return status and conclude(node(step), state, true, 'skipped') or { 'skipped', 0, {}, {} }
+  return status and conclude(step, here, state, true, 'skipped') or { 'skipped', 0, {} }
 end
 if not status then return { 'drop', 'its run has ended' } end
-local here = node(step)
 if not here then return { 'drop', 'its run has no such step' } end
 
+local frame, prefix = frame_of(step, here)
 if ENDED[state.s] then
-  if redis.call('HGET', run_key, 'left') == '0' then return { 'close', 1, {}, {} } end
+  if redis.call('HGET', run_key, 'left') == '0' and not here.k then return { 'close', 1, {} } end
   for _, edge in ipairs(here.x) do
-    if edge[3] == 1 and load(edge[1]).s == 'pending' then return { 'pass' } end
+    if edge[3] == 1 and load(prefix .. edge[1]).s == 'pending' then return { 'pass' } end
   end
   return { 'drop', 'it ended before' }
 end
@@ -23,22 +25,31 @@ if state.s == 'waiting' then return { 'drop', 'it is waiting' } end
 if state.s == 'running' and not again and redis.call('ZSCORE', leases_key, member(step) .. ' ' .. state.k) then
   return { 'drop', 'it is running' }
 end
+if (frame and redis.call('SISMEMBER', open_key, step) == 0)
+  or (here.kr and redis.call('HGET', run_key, 'undoing') ~= step) then
+  return { 'drop', 'it was not begun' }
+end
 
 local needs, skipped = {}, 0
-if #here.n > 0 then needs = redis.call('HMGET', steps_key, unpack(here.n)) end
+if #here.n > 0 then
+  local names = {}
+  for i = 1, #here.n do names[i] = prefix .. here.n[i] end
+  needs = redis.call('HMGET', steps_key, unpack(names))
+end
 for i = 1, #here.n do
   local need = parse(needs[i])
   if not ENDED[need.s] then return { 'drop', 'what it needs has not ended' } end
   needs[i] = need
-  if need.s == 'failed' or need.c then state.c = state.c or need.c or here.n[i] end
+  if (need.s == 'failed' and not need.y) or need.c then state.c = state.c or need.c or prefix .. here.n[i] end
   if need.s == 'skipped' then skipped = skipped + 1 end
 end
 
-local waited = redis.call('ZSCORE', ready_key(here.q), member(step))
+local ready = ready_key(here.q)
+local waited = redis.call('ZSCORE', ready, member(step))
 if waited then
-  redis.call('ZREM', ready_key(here.q), member(step))
-  local mark = redis.call('HGET', marks_key, here.q)
-  if not mark or tonumber(waited) > tonumber(mark) then redis.call('HSET', marks_key, here.q, waited) end
+  redis.call('ZREM', ready, member(step))
+  local mark = redis.call('HGET', marks_key, in_lane(here.q))
+  if not mark or tonumber(waited) > tonumber(mark) then redis.call('HSET', marks_key, in_lane(here.q), waited) end
 end
 if status == 'queued' then
   redis.call('HSET', run_key, 'status', 'running', 'started', number(now))
@@ -46,7 +57,9 @@ if status == 'queued' then
   start_clock()
 end
 if state.c then return skip(step, here, state, token, "'" .. state.c .. "' failed") end
-if skipped > 0 and skipped == #here.n then return skip(step, here, state, token, 'all that it needs was skipped') end
+if skipped > 0 and skipped == #here.n then
+  return skip(step, here, state, token, 'all that it needs was skipped')
+end
 
 if not again then
   if state.same then state.same = nil else state.a = state.a + 1 end
@@ -57,11 +70,22 @@ end
 redis.call('ZADD', leases_key, number(now + ARGV[5]), member(step) .. ' ' .. token)
 
 local reply = { 'run', redis.call('HGET', run_key, 'plan'), state.a, state.f or 0, state.v or '', state.b or '',
-  state.g and cjson.encode(state.g) or '[]', '' }
+  state.g and cjson.encode(state.g) or '[]', '', state.m or '', state.h or '' }
 if here.i == 1 then reply[8] = carried(redis.call('HGET', run_key, 'input')) end
+local function add(name, how, output)
+  reply[#reply + 1] = name
+  reply[#reply + 1] = how
+  reply[#reply + 1] = output
+end
 for i = 1, #here.n do
-  reply[#reply + 1] = here.n[i]
-  reply[#reply + 1] = needs[i].s
-  reply[#reply + 1] = needs[i].s == 'completed' and carried(needs[i].e) or ''
+  add(here.n[i], needs[i].s, needs[i].s == 'completed' and carried(needs[i].e) or '')
+end
+for _, read in ipairs(here.o or {}) do
+  local name, count, inside = read[1], read[2], read[3]
+  local other = load(count == 0 and inside or first_parts(step, count) .. (inside ~= '' and '.' .. inside or ''))
+  add(name, other.s, other.s == 'completed' and carried(other.e) or '')
+end
+for _, var in ipairs(here.v or {}) do
+  add(var[1], 'completed', redis.call('HGET', steps_key, 'i:' .. first_parts(step, var[2])) or '')
 end
 return reply

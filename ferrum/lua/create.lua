@@ -1,6 +1,8 @@
 -- ARGV: run, key ('' for none), key's life in ms, plan digest, keep ms, limits JSON ('' for none), wall ms ('' for
--- none), outputs ('1' or '0'), steps, input envelope, created data JSON, then (root, queue)…
--- Returns {'new'}, {'old', run} for a key that was used, or {'plan'} when the plan must be stored first.
+-- none), outputs ('1' or '0'), steps, input envelope, created data JSON, lane, deadline ms ('' for none), parent
+-- ('run step', '' for none), most runs inside each other, begin ('1', or '0': another script begins it), then (root, queue, deadline ms)…
+-- Returns {'new'}, {'old', run} for a key that was used, {'deep'}, {'gone'} when the parent has ended, or {'plan'} when
+-- the plan must be stored first.
 local key = ARGV[2]
 plan_key = base .. ':plan:' .. ARGV[4]
 if redis.call('EXISTS', run_key) == 1 then return { 'old', run_id } end
@@ -9,20 +11,31 @@ if key ~= '' then
   if first then return { 'old', first } end
 end
 if redis.call('HEXISTS', plan_key, ' doc') == 0 then return { 'plan' } end
+local depth = 1
+if ARGV[14] ~= '' then
+  local above = base .. ':run:' .. string.match(ARGV[14], '^%S+')
+  local status, deep = unpack(redis.call('HMGET', above, 'status', 'depth'))
+  if not LIVE[status] and status ~= 'compensating' then return { 'gone' } end
+  depth = (deep or 1) + 1
+  if depth > tonumber(ARGV[15]) then return { 'deep' } end
+end
 if key ~= '' then redis.call('SET', base .. ':key:' .. key, run_id, 'PX', ARGV[3]) end
 redis.call('HINCRBY', plan_key, ' refs', 1)
 redis.call('PERSIST', plan_key)
 redis.call('HSET', run_key, 'status', 'queued', 'plan', ARGV[4], 'keep', ARGV[5], 'outputs', ARGV[8], 'left', ARGV[9],
-  'created', number(now))
+  'created', number(now), 'lane', ARGV[12])
 if ARGV[6] ~= '' then redis.call('HSET', run_key, 'limits', ARGV[6]) end
 if ARGV[7] ~= '' then redis.call('HSET', run_key, 'wall', ARGV[7]) end
+if ARGV[13] ~= '' then redis.call('ZADD', timers_key, number(now + ARGV[13]), member('!deadline')) end
+if ARGV[14] ~= '' then redis.call('HSET', run_key, 'up', ARGV[14], 'depth', depth) end
 redis.call('HSET', run_key, 'input', emit('run.created', '', ARGV[11], ARGV[10]))
 redis.call('ZADD', runs_key, number(now), run_id)
 redis.call('SADD', base .. ':live', run_id)
-local roots = 0
-for i = 12, #ARGV, 2 do
-  make_ready(ARGV[i], ARGV[i + 1])
-  roots = roots + 1
+if ARGV[16] == '1' then
+  for i = 17, #ARGV, 3 do make_ready(ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])) end
+  tell_counts()
+else
+  -- Should whoever began it die before the rest is there.
+  redis.call('ZADD', timers_key, number(now + 60000), member('!begin'))
 end
-count(roots, 0)
 return { 'new' }

@@ -1,15 +1,17 @@
 -- A person decided. ARGV: run, step, verdict JSON, data JSON, approved ('1' or '0').
--- Returns {'ok', signature}, or {'no', what it is instead, the verdict that was first ('')}.
+-- Returns {'ok', 0, sends}, or {'no', what it is instead, the verdict that was first ('')}.
 local step = ARGV[2]
 local status = redis.call('HGET', run_key, 'status')
 if not status then return { 'no', 'missing', '' } end
-if not LIVE[status] then return { 'no', 'run ' .. status, load(step).v or '' } end
-if not node(step) then return { 'no', 'no step', '' } end
+local here = node(step)
+if not live(here) then return { 'no', 'run ' .. status, load(step).v or '' } end
+if not here then return { 'no', 'no step', '' } end
 local state = load(step)
 if state.s == 'pending' and state.v == ARGV[3] then
-  detach(step, state, node(step).g)
+  detach(step, state, here)
   save(step, state)
-  return { 'ok', '' }
+  send(step, '')
+  return { 'ok', 0, sends }
 end
 if state.s ~= 'waiting' or not ASKS[state.p] then return { 'no', state.s, state.v or '' } end
 state.v = ARGV[3]
@@ -18,4 +20,6 @@ if ARGV[5] == '1' and state.b then
   state.g[#state.g + 1] = state.b
 end
 emit('approval.decided', step, ARGV[4])
-return { 'ok', wake(step, state, 'decided') }
+send(step, wake(step, state, 'decided'))
+tell_counts()
+return { 'ok', 0, sends }

@@ -1,6 +1,7 @@
 -- A worker that stops gives a running step back. ARGV: run, step, token, usage JSON, data JSON.
 local step, token = ARGV[2], ARGV[3]
-if not live() then return { 'stale' } end
+local here = node(step)
+if not live(here) then return { 'stale' } end
 local state = load(step)
 if state.k ~= token then return { 'stale' } end
 if state.s == 'pending' then return { 'ok' } end
@@ -9,6 +10,7 @@ settle(state, cjson.decode(ARGV[4]))
 state.s = 'pending'
 save(step, state)
 redis.call('ZREM', leases_key, member(step) .. ' ' .. token)
-make_ready(step, node(step).q)
+-- Active it was and is.
+redis.call('ZADD', ready_key(here.q), number(now), member(step))
 emit('step.lost', step, ARGV[5])
 return { 'ok' }

@@ -1,23 +1,25 @@
 -- Everything that could go on goes on now: parked retries are woken, what is ready is sent again.
--- ARGV: run. Returns {'ok', (step, signature)…} or {'no', status ('missing')}.
+-- ARGV: run. Returns {'ok', 0, sends} or {'no', status ('missing')}.
 local status = redis.call('HGET', run_key, 'status')
 if not status then return { 'no', 'missing' } end
 if not LIVE[status] then return { 'no', status } end
-plan_key = base .. ':plan:' .. redis.call('HGET', run_key, 'plan')
-local reply = { 'ok' }
+local WOKEN = { retry = true, limit = true, cache = true }
+for _, step in ipairs(redis.call('HKEYS', parked_key)) do
+  local state = load(step)
+  if state.s == 'waiting' and WOKEN[state.p] then send(step, wake(step, state, 'asked to')) end
+end
+local steps = redis.call('SMEMBERS', open_key)
+plan_key = plan_key or base .. ':plan:' .. redis.call('HGET', run_key, 'plan')
 for _, step in ipairs(redis.call('HKEYS', plan_key)) do
-  if string.sub(step, 1, 1) ~= ' ' then
-    local state = load(step)
-    local here = node(step)
-    if state.s == 'waiting' and not ASKS[state.p] then
-      reply[#reply + 1] = step
-      reply[#reply + 1] = wake(step, state, 'asked to')
-    elseif state.s == 'pending' and redis.call('ZSCORE', ready_key(here.q), member(step)) then
-      detach(step, state, here.g)
-      save(step, state)
-      reply[#reply + 1] = step
-      reply[#reply + 1] = ''
-    end
+  if not string.find(step, '[ .]') then steps[#steps + 1] = step end
+end
+for _, step in ipairs(steps) do
+  local state, here = load(step), node(step)
+  if state.s == 'pending' and redis.call('ZSCORE', ready_key(here.q), member(step)) then
+    detach(step, state, here)
+    save(step, state)
+    send(step, '')
   end
 end
-return reply
+tell_counts()
+return { 'ok', 0, sends }

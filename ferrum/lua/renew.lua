@@ -3,7 +3,8 @@ local lost = {}
 for i = 3, #ARGV, 3 do
   open(ARGV[i])
   local name = member(ARGV[i + 1]) .. ' ' .. ARGV[i + 2]
-  if live() and redis.call('ZSCORE', leases_key, name) then
+  local status = redis.call('HGET', run_key, 'status')
+  if status and (LIVE[status] or live(node(ARGV[i + 1]))) and redis.call('ZSCORE', leases_key, name) then
     redis.call('ZADD', leases_key, number(now + ARGV[2]), name)
   else
     lost[#lost + 1] = (i - 3) / 3

@@ -1,31 +1,39 @@
 -- The repair of one partition. ARGV: '' (no run), reap ('1': give up leases that ran out), ready for how many ms
--- before it is looked at, how often a step may lose its worker, most per kind, then (queue, empty '1' or '0')…
--- Returns a flat list of (run, step, signature): what the caller must send now; signature '' means alone, 'head' the
--- segment that the step begins.
-local reply = {}
-local function send(step, how)
-  reply[#reply + 1] = run_id
-  reply[#reply + 1] = step
-  reply[#reply + 1] = how
-end
+-- before it is looked at, how often a step may lose its worker, most per kind, then (queue, lane, empty '1' or '0')…
+-- Returns sends, and last in how many ms the next timer is due ('' for none).
 local function split(name) return string.match(name, '^(%S+) (%S+) ?(%S*)$') end
 local function due(key, score)
   return redis.call('ZRANGEBYSCORE', key, '-inf', score, 'LIMIT', 0, ARGV[5])
 end
-local function use(id)
-  open(id)
-  plan_key = nil
-  return live()
+
+local RUNS_END = {
+  ['!wall'] = function() kill('wall_time') end,
+  ['!deadline'] = function() end_run('failed', '{"status":"failed","reason":"its deadline has passed"}') end,
+  ['!begin'] = function() end_run('failed', '{"status":"failed","reason":"whoever began it died before it was begun"}') end,
+}
+
+local function too_late(step)
+  local state, here = load(step), node(step)
+  if ENDED[state.s] or not live(here) then return end
+  local after = fail(step, here, state, 'was not over by its deadline of ' .. here.d / 1000 .. ' s')
+  if after[2] == 1 then
+    send(step, '')
+    redis.call('ZADD', leases_key, number(now + 5000), member(step) .. ' !')
+  end
 end
 
 for _, name in ipairs(due(timers_key, number(now))) do
   local id, step = split(name)
   redis.call('ZREM', timers_key, name)
-  if use(id) and (step == '!wall' or node(step)) then
-    local state = step ~= '!wall' and load(step)
-    if not state then
-      kill('wall_time')
-    elseif state.s == 'waiting' then
+  open(id)
+  local late = string.match(step, '^(.*)!d$')
+  if RUNS_END[step] then
+    if live() then RUNS_END[step]() end
+  elseif redis.call('EXISTS', run_key) == 1 and late then
+    too_late(late)
+  elseif redis.call('EXISTS', run_key) == 1 and live(node(step)) then
+    local state = load(step)
+    if state.s == 'waiting' then
       if ASKS[state.p] then
         state.v = '{"approved":false,"expired":true,"by":"","note":""}'
         emit('approval.decided', step, state.v)
@@ -33,18 +41,17 @@ for _, name in ipairs(due(timers_key, number(now))) do
       send(step, wake(step, state, 'its time came'))
     end
   end
+  tell_counts()
 end
 
 local function send_what_follows(step, here, state)
-  detach(step, state, here.g)
+  detach(step, state, here)
   save(step, state)
-  local after = conclude(here, state, true, '')
-  for _, head in ipairs(after[3]) do send(head, 'head') end
-  for _, one in ipairs(after[4]) do send(one, '') end
+  local after = conclude(step, here, state, true, '')
   if after[2] == 1 then
     send(step, '')
     -- Nothing else knows that the run is still to be closed: it is looked at again until it is.
-    redis.call('ZADD', leases_key, number(now + 5000), member(step) .. ' ' .. state.k)
+    redis.call('ZADD', leases_key, number(now + 5000), member(step) .. ' ' .. (state.k or '!'))
   end
 end
 
@@ -54,21 +61,17 @@ local function lose(step, here, state)
   state.l = (state.l or 0) + 1
   emit('step.lost', step, cjson.encode({ attempt = state.a, worker = state.w, reason = 'its worker died', usage = reserved }))
   if state.l > tonumber(ARGV[4]) then
-    state.s = 'failed'
     local error = 'its worker died ' .. state.l .. ' times while it ran; it is not tried again'
-    state.e = emit('step.failed', step, cjson.encode({ attempt = state.a, error = error }))
-    redis.call('HSETNX', run_key, 'failed', "'" .. step .. "' failed")
-    detach(step, state, here.g)
-    save(step, state)
-    local after = conclude(here, state, false, '')
-    for _, head in ipairs(after[3]) do send(head, 'head') end
-    for _, one in ipairs(after[4]) do send(one, '') end
+    if fail(step, here, state, error)[2] == 1 then
+      send(step, '')
+      redis.call('ZADD', leases_key, number(now + 5000), member(step) .. ' !')
+    end
     return
   end
   state.s, state.k = 'pending', nil
-  detach(step, state, here.g)
+  detach(step, state, here)
   save(step, state)
-  make_ready(step, here.q)
+  redis.call('ZADD', ready_key(here.q), number(now), member(step))
   send(step, '')
 end
 
@@ -76,9 +79,11 @@ if ARGV[2] == '1' then
   for _, name in ipairs(due(leases_key, number(now))) do
     local id, step, token = split(name)
     redis.call('ZREM', leases_key, name)
-    if use(id) then
-      local state, here = load(step), node(step)
-      if here and state.k == token then
+    open(id)
+    local here = redis.call('EXISTS', run_key) == 1 and node(step)
+    if here and live(here) then
+      local state = load(step)
+      if state.k == token or (token == '!' and ENDED[state.s]) then
         if state.s == 'running' then
           lose(step, here, state)
         elseif ENDED[state.s] then
@@ -86,21 +91,25 @@ if ARGV[2] == '1' then
         end
       end
     end
+    tell_counts()
   end
 end
 
 -- Queues are first in, first out: a step whose younger neighbours were claimed, or whose queue is empty, and that is
 -- still unclaimed, has no message on its way.
-for i = 6, #ARGV, 2 do
-  local key, limit = ready_key(ARGV[i]), now - ARGV[3]
-  if ARGV[i + 1] == '0' then
-    limit = math.min(limit, tonumber(redis.call('HGET', marks_key, ARGV[i]) or 0) - 1000)
+for i = 6, #ARGV, 3 do
+  local lane_of = ARGV[i] .. ':' .. ARGV[i + 1]
+  local key, limit = base .. ':ready:' .. lane_of, now - ARGV[3]
+  if ARGV[i + 2] == '0' then
+    limit = math.min(limit, tonumber(redis.call('HGET', marks_key, lane_of) or 0) - 1000)
   end
   for _, name in ipairs(due(key, number(limit))) do
     local id, step = split(name)
-    local state = use(id) and node(step) and load(step)
+    open(id)
+    local here = redis.call('EXISTS', run_key) == 1 and node(step)
+    local state = here and live(here) and load(step)
     if state and state.s == 'pending' then
-      detach(step, state, node(step).g)
+      detach(step, state, here)
       save(step, state)
       redis.call('ZADD', key, number(now), name)
       send(step, '')
@@ -109,4 +118,6 @@ for i = 6, #ARGV, 2 do
     end
   end
 end
-return reply
+local first = redis.call('ZRANGE', timers_key, 0, 0, 'WITHSCORES')
+sends[#sends + 1] = first[2] and number(math.max(0, first[2] - now)) or ''
+return sends

@@ -1,0 +1,28 @@
+"""`type: block`: steps inside a step, which are retried, timed out, repeated and undone together."""
+
+from __future__ import annotations
+
+from pydantic import Field, JsonValue
+
+from ferrum.steps import Attempt, Composed, Inside, Params, StepType
+
+
+class BlockParams(Params):
+    output: JsonValue = Field(None, description="What it leaves, by expressions over the steps inside.")
+
+
+class Block(StepType[BlockParams]):
+    """Its output is its `output`; without one that of its last step, or those of its last steps by name."""
+
+    name = "block"
+    params = BlockParams
+    composed = True
+
+    def run(self, params: BlockParams, attempt: Attempt) -> JsonValue:
+        whole: Composed = attempt  # type: ignore[assignment] # composed types are given one
+        tries = whole.spec.retry.max_attempts if whole.spec.retry else 1
+        label = str(attempt.number) if tries > 1 else ""
+        if whole.memory is None:
+            count = len(whole.spec.steps)
+            raise Inside(f"{count} steps", label=label, memory={"label": label}, wake_in_s=attempt.timeout_s)
+        return whole.frame(label).or_raise(f"took longer than its timeout of {attempt.timeout_s} s")
