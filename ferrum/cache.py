@@ -1,7 +1,7 @@
 """What was computed once and may be used again, by every run of the fleet.
 
 What several ask for at once is computed by one of them. The others wait, in no worker: they are parked, and woken
-when it is there, or when the one that computes it has given up. When it died, they notice by themselves.
+when it is there, or when the one that computes it has given up or died.
 
 A digest says what was asked; its entry is in one of sixteen partitions, `ferrum:{cNN}` (see
 `ferrum/lua/shared/cache/lib.lua`).
@@ -22,6 +22,10 @@ from ferrum.scripts import Room, Who, whos
 #: Whoever waits looks again after this time, whatever was lost.
 SAFETY_S = 600.0
 
+#: The most digests that one sweep looks at in one partition.
+_BATCH = 100
+#: How often the sweep names who was to be woken and does not come, a second apart.
+_NAMED = 5
 _PARTITIONS = tuple(f"ferrum:{{c{number:02}}}" for number in range(16))
 
 
@@ -77,8 +81,8 @@ class Cache(Room):
         match self._ask("cache/enter", _base_of(digest), digest, str(who), _ms(hold_s)):
             case ["hit", envelope]:
                 return Hit(str(envelope))
-            case ["wait", wait_ms]:
-                return Wait(min(int(wait_ms) / 1000, SAFETY_S))
+            case ["wait"]:
+                return Wait(SAFETY_S)
             case _:
                 return Compute()
 
@@ -101,13 +105,22 @@ class Cache(Room):
             groups.setdefault(_base_of(digest), []).append((digest, who))
         for base, group in groups.items():
             names = [text for digest, who in group for text in (digest, str(who))]
-            lost += [group[int(number)] for number in self._ask("cache/renew", base, "", "", _ms(hold_s), *names)]
+            lost += [group[int(number)] for number in self._ask("cache/renew", base, _ms(hold_s), *names)]
         return lost
+
+    def sweep(self) -> list[Who]:
+        """Returns everyone who must be woken: where nobody computes it any more, the first who waits for it.
+
+        That is also who waits for what has been there for a second: its wake-up may have been lost, or have come
+        before it was parked.
+        """
+        replies = self._scripts.eval_each("cache/sweep", _PARTITIONS, self._now(), _BATCH, _NAMED)
+        return [who for reply in replies for who in whos(reply)]
 
     def stats(self, scope: str | None = None) -> Stats:
         """Since the cache was last left alone for a week, in this scope or in all."""
         counts: Counter[str] = Counter()
-        for flat in self._scripts.eval_each("cache/stats", _PARTITIONS, "", "", ""):
+        for flat in self._scripts.eval_each("cache/stats", _PARTITIONS, self._now()):
             for name, number in zip(flat[::2], flat[1::2], strict=True):
                 what, _, where = str(name).partition(" ")
                 counts[what] += int(number) if scope in (None, where) else 0

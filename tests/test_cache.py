@@ -12,7 +12,7 @@ import redis
 from fleet import eventually
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sharing import connect, lose_an_answer, step
+from sharing import Clock, connect, lose_an_answer, step
 
 from ferrum.cache import SAFETY_S, Cache, Compute, Hit, Stats, Wait, digest_of
 from ferrum.scripts import Scripts, Who
@@ -30,8 +30,13 @@ def client(clean_redis: str) -> Iterator[redis.Redis]:
 
 
 @pytest.fixture
-def cache(client: redis.Redis) -> Cache:
-    return Cache(Scripts(client))
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def cache(client: redis.Redis, clock: Clock) -> Cache:
+    return Cache(Scripts(client), clock)
 
 
 def test_what_is_not_there_is_computed_by_who_asks_first_and_found_by_all(cache: Cache) -> None:
@@ -65,9 +70,10 @@ def test_what_is_too_old_is_computed_anew(cache: Cache) -> None:
     eventually(lambda: cache.enter(ASKED, B, HOLD_S) == Compute(), every_s=0.005)
 
 
-def test_who_gives_up_leaves_it_to_the_first_who_waits(cache: Cache) -> None:
+def test_who_gives_up_leaves_it_to_the_first_who_waits(cache: Cache, clock: Clock) -> None:
     for who in (A, B, C):
         cache.enter(ASKED, who, HOLD_S)
+        clock.move(0.001)
     assert cache.give_up(ASKED, A) == [B]
     assert cache.enter(ASKED, B, HOLD_S) == Compute()
     assert isinstance(cache.enter(ASKED, A, HOLD_S), Wait)
@@ -81,36 +87,92 @@ def test_who_waits_no_more_is_not_woken(cache: Cache) -> None:
     assert cache.put(ASKED, A, "v", 60) == [C]
 
 
-def test_what_one_that_died_was_to_compute_is_computed_by_the_next_who_comes(cache: Cache) -> None:
-    cache.enter(ASKED, A, 0.02)
-    eventually(lambda: cache.enter(ASKED, B, HOLD_S) == Compute(), every_s=0.005)
+def test_what_one_that_died_was_to_compute_is_computed_by_the_next_who_comes(cache: Cache, clock: Clock) -> None:
+    cache.enter(ASKED, A, 10)
+    clock.move(10)
+    assert cache.renew([(ASKED, A)], HOLD_S) == [(ASKED, A)]
+    assert cache.enter(ASKED, B, HOLD_S) == Compute()
     assert cache.renew([(ASKED, A)], HOLD_S) == [(ASKED, A)]
     assert cache.renew([(ASKED, B)], HOLD_S) == []
 
 
-def test_what_comes_late_from_one_that_was_given_up_is_kept_all_the_same(cache: Cache) -> None:
-    cache.enter(ASKED, A, 0.02)
-    eventually(lambda: cache.enter(ASKED, B, HOLD_S) == Compute(), every_s=0.005)
+def test_what_comes_late_from_one_that_was_given_up_is_kept_all_the_same(cache: Cache, clock: Clock) -> None:
+    cache.enter(ASKED, A, 10)
+    clock.move(10)
+    assert cache.enter(ASKED, B, HOLD_S) == Compute()
     cache.enter(ASKED, C, HOLD_S)
     assert cache.put(ASKED, A, "late", 60) == [C]
     assert cache.enter(ASKED, C, HOLD_S) == Hit("late")
     assert cache.renew([(ASKED, B)], HOLD_S) == []
 
 
-def test_a_turn_lasts_while_it_is_renewed(cache: Cache, client: redis.Redis) -> None:
+def test_a_turn_lasts_while_it_is_renewed(cache: Cache, clock: Clock) -> None:
     digests = [digest_of("llm", number) for number in range(40)]
     for digest in digests:
-        cache.enter(digest, A, 60)
-    assert cache.renew([(digest, A) for digest in digests], HOLD_S) == []
-    assert all(client.pttl(key) > 60_000 for key in client.scan_iter("*:turn:*"))
-    assert cache.renew([], HOLD_S) == []
+        cache.enter(digest, A, 10)
+    for _ in range(5):
+        clock.move(9)
+        assert cache.renew([(digest, A) for digest in digests], 10) == []
+    assert {cache.enter(digest, B, 10) for digest in digests} == {Wait(SAFETY_S)}
+    assert cache.renew([], 10) == []
 
 
-def test_one_who_waits_looks_when_the_turn_may_be_over_and_the_others_after_it(cache: Cache) -> None:
-    cache.enter(ASKED, A, 100)
-    said = [cache.enter(ASKED, step(number), 100) for number in range(1, 9)]
-    waits = [round(one.wake_in_s, -2) for one in said if isinstance(one, Wait)]
-    assert waits == [100, 200, 300, 400, 500, SAFETY_S, SAFETY_S, SAFETY_S]
+# The sweep.
+
+
+def test_who_waits_for_one_that_died_is_woken_one_after_the_other(cache: Cache, clock: Clock) -> None:
+    cache.enter(ASKED, A, 10)
+    for who in (B, C):
+        clock.move(0.001)
+        assert cache.enter(ASKED, who, HOLD_S) == Wait(SAFETY_S)
+    assert cache.sweep() == []
+    clock.move(10)
+    assert cache.sweep() == [B]
+    assert cache.sweep() == []
+    for _ in range(4):
+        clock.move(1)
+        assert cache.sweep() == [B]
+    clock.move(1)
+    assert cache.sweep() == [C]
+    assert cache.enter(ASKED, C, HOLD_S) == Compute()
+    clock.move(1)
+    assert cache.sweep() == []
+
+
+def test_while_it_is_computed_nobody_is_woken(cache: Cache, clock: Clock) -> None:
+    cache.enter(ASKED, A, 60)
+    cache.enter(ASKED, B, 60)
+    for _ in range(3):
+        clock.move(59)
+        assert cache.renew([(ASKED, A)], 60) == []
+        assert cache.sweep() == []
+
+
+def test_who_was_woken_and_does_not_come_is_named_again_for_a_while(cache: Cache, clock: Clock) -> None:
+    for who in (A, B, C):
+        cache.enter(ASKED, who, HOLD_S)
+        clock.move(0.001)
+    assert cache.put(ASKED, A, "v", 60) == [B, C]
+    assert cache.sweep() == []
+    clock.move(1)
+    assert cache.sweep() == [B, C]
+    assert cache.enter(ASKED, B, HOLD_S) == Hit("v")
+    for _ in range(4):
+        clock.move(1)
+        assert cache.sweep() == [C]
+    clock.move(1)
+    assert cache.sweep() == []
+
+
+def test_when_the_first_who_waits_was_woken_in_vain_it_is_named_again(cache: Cache, clock: Clock) -> None:
+    for who in (A, B):
+        cache.enter(ASKED, who, HOLD_S)
+    assert cache.give_up(ASKED, A) == [B]
+    clock.move(1)
+    assert cache.sweep() == [B]
+
+
+# What is seen of it.
 
 
 def test_it_is_known_how_often_it_helped(cache: Cache) -> None:
@@ -151,7 +213,7 @@ def test_everything_has_its_time(cache: Cache, client: redis.Redis) -> None:
             cache.enter(digest_of("llm", number), who, HOLD_S)
         cache.put(digest_of("llm", number), A, "v", 60)
     kept = list(client.scan_iter())
-    assert {key.split(":")[2] for key in kept} == {"value", "waiters", "stats"}
+    assert {key.split(":")[2] for key in kept} == {"value", "waiters", "due", "stats"}
     assert len({key.split(":")[1] for key in kept}) > 8
     assert all(0 < client.pttl(key) <= 7 * 86_400_000 for key in kept)
 
@@ -210,9 +272,11 @@ class Model:
 )
 def test_whatever_happens_it_is_a_value_a_turn_and_a_queue(client: redis.Redis, moves: list[tuple[str, Who]]) -> None:
     client.flushall()
-    cache, model = Cache(Scripts(client)), Model()
+    clock, model = Clock(), Model()
+    cache = Cache(Scripts(client), clock)
     words: dict[type, str] = {Hit: "hit", Compute: "compute", Wait: "wait"}
     for move, who in moves:
+        clock.move(0.001)
         match move:
             case "enter":
                 assert words[type(cache.enter(ASKED, who, HOLD_S))] == model.enter(who)

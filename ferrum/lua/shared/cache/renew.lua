@@ -1,12 +1,11 @@
--- ARGV: time, '', '', hold ms, then (digest, who)….
--- Returns the numbers (from 0) of those whose turn it is no more.
+-- ARGV: time, hold ms, then (digest, who)…. Returns the numbers (from 0) of those whose turn it is no more.
 local lost = {}
-for i = 5, #ARGV, 2 do
-  local key = base .. ':turn:' .. ARGV[i]
-  if redis.call('GET', key) == ARGV[i + 1] then
-    redis.call('PEXPIRE', key, ARGV[4])
+for i = 3, #ARGV, 2 do
+  open(ARGV[i])
+  if holder() == ARGV[i + 1] then
+    hold(ARGV[i + 1], ARGV[2])
   else
-    lost[#lost + 1] = (i - 5) / 2
+    lost[#lost + 1] = (i - 3) / 2
   end
 end
 return lost

@@ -1,2 +1,2 @@
--- ARGV: time, '', ''. Returns a flat list of (what and scope, how often).
+-- Returns a flat list of (what and scope, how often).
 return redis.call('HGETALL', base .. ':stats')
