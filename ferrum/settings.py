@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from enum import StrEnum
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,17 @@ _MARKS = frozenset({"FERRUM_REQUIRE_SANDBOX"})
 
 #: An environment variable with one of these in its name holds a secret.
 _SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
+
+
+class Missed(StrEnum):
+    """What is done about a schedule's times that passed while no beat ran."""
+
+    #: Nothing.
+    SKIP = "skip"
+    #: One run makes up for all of them.
+    ONCE = "once"
+    #: A run for each.
+    ALL = "all"
 
 
 class Settings(BaseModel):
@@ -55,6 +67,16 @@ class Settings(BaseModel):
         10.0, ge=0, description="How long a stopping worker lets running steps finish before it hands them back."
     )
     keep_runs: float = Field(7 * 86400.0, gt=0, description="How long an ended run stays in Redis.")
+    missed: Missed = Field(
+        Missed.ONCE,
+        description="What is done about times of a schedule that passed while no beat ran, where `ferrum schedule add` "
+        "does not say: `skip`, `once` or `all`.",
+    )
+    breaker_failures: int = Field(
+        5, ge=1, description="So many failures within the window, in all workers, and a router leaves a target alone."
+    )
+    breaker_window: float = Field(60.0, gt=0, description="The window in which failures of a target are counted.")
+    breaker_open: float = Field(30.0, gt=0, description="How long a target is left alone before one step tries it.")
     exit_when_idle: float | None = Field(None, description="A worker stops itself after so long without a live run.")
 
 
