@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
 from ferrum.errors import WorkflowError
-from ferrum.workflow import Cache, Concurrency, Rate, Repeat, Retry, Route, Step, Workflow, inner_needs
+from ferrum.workflow import Cache, Concurrency, Rate, Repeat, Retry, Route, Step, Workflow, inner_needs, workflow_schema
 
 LANGUAGE = """\
 name: everything
@@ -783,6 +784,82 @@ def test_a_few_files_cannot_make_a_large_workflow(tmp_path: Path) -> None:
         write(tmp_path, **{f"w{number}": "name: a\nsteps:\n" + twenty.replace("{}", str(number + 1))})
     write(tmp_path, w8="name: a\nsteps: {b: {type: x}}")
     assert "with this file in its place the workflow has more than" in refused_file(tmp_path / "w0.yaml")[0]
+
+
+# The schema for editors
+
+_ANY: dict[str, Any] = {"type": "object"}
+_TYPES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(["task", "llm", "approval", "wait"], _ANY),
+    "block": {"properties": {"output": {}}, "additionalProperties": False},
+    "switch": {"properties": {"value": {}}, "required": ["value"], "additionalProperties": False},
+    "router": {
+        "properties": {"by": {"$ref": "#/$defs/By"}, "max_cost": {"type": "number"}},
+        "additionalProperties": False,
+        "$defs": {"By": {"anyOf": [{"enum": ["cost"]}, {"type": "array"}]}},
+    },
+    "workflow": {
+        "properties": {"workflow": {}, "name": {"type": "string"}, "input": {"type": "object"}},
+        "additionalProperties": False,
+    },
+}
+
+
+def schema_errors(steps: Any, **more: Any) -> list[str]:
+    schema = workflow_schema(_TYPES)
+    Draft202012Validator.check_schema(schema)
+    value = {"name": "test", "steps": steps, **more}
+    return [error.json_path for error in Draft202012Validator(schema).iter_errors(value)]
+
+
+def test_the_schema_takes_all_of_the_language() -> None:
+    written: Any = Workflow.parse(LANGUAGE).to_dict()
+    assert schema_errors(**written | {"name": "x"}) == []
+    del written["steps"]["each"]["type"]
+    written["steps"]["sub"] = {"type": "workflow", "file": "sub.yaml"}
+    assert schema_errors(written["steps"]) == []
+
+
+@pytest.mark.parametrize(
+    ("step", "path"),
+    [
+        ({"type": "task", "repeat": {"until": "true"}}, "$.steps.a.repeat"),
+        ({"type": "task", "repeat": {"until": "true", "max": 0}}, "$.steps.a.repeat.max"),
+        ({"type": "task", "retry": {"on": ["timeuot"]}}, "$.steps.a.retry.on"),
+        ({"type": "task", "on_error": "ignore"}, "$.steps.a.on_error"),
+        ({"type": "task", "for_each": "input.list"}, "$.steps.a.for_each"),
+        ({"type": "task", "for_each": None}, "$.steps.a.for_each"),
+        ({"type": "task", "max_parallel": 2}, "$.steps.a"),
+        ({"type": "task", "as": "doc"}, "$.steps.a"),
+        ({"type": "task", "deadline": "1y"}, "$.steps.a.deadline"),
+        ({"type": "task", "cache": {"key": 1}}, "$.steps.a.cache"),
+        ({"type": "task", "rate": {"key": "k", "limit": 0, "per": 1}}, "$.steps.a.rate.limit"),
+        ({"type": "task", "fallback": [{"type": "task", "needs": ["b"]}]}, "$.steps.a.fallback[0].needs"),
+        ({"type": "task", "fallback": {"type": "task"}}, "$.steps.a.fallback"),
+        ({"type": "task", "compensate": {"type": "tsak"}}, "$.steps.a.compensate.type"),
+        ({"type": "task", "compensate": {"type": "task", "cache": {"key": 1, "ttl": 1}}}, "$.steps.a.compensate.cache"),
+        ({"type": "approval", "cache": {"key": 1, "ttl": 1}}, "$.steps.a.cache"),
+        ({"type": "switch", "value": 1, "cases": {"x": {"type": "task"}}, "retry": {}}, "$.steps.a.retry"),
+        ({"type": "switch", "value": 1, "cases": {"x": {"type": "task", "when": "x"}}}, "$.steps.a.cases.x.when"),
+        ({"type": "switch", "cases": {"x": {"type": "task"}}}, "$.steps.a"),
+        ({"type": "switch", "value": 1, "cases": {}}, "$.steps.a.cases"),
+        ({"steps": {"b": {"steps": {"c": {"type": "taks"}}}}}, "$.steps.a.steps.b.steps.c.type"),
+        ({"steps": {}}, "$.steps.a.steps"),
+        ({"step": {}}, "$.steps.a"),
+        ({"type": "router", "by": "cost", "among": {"b": {"type": "task", "tier": "x"}}}, "$.steps.a.among.b.tier"),
+        ({"type": "router", "by": "speed", "among": {"b": {"type": "task"}}}, "$.steps.a.by"),
+        ({"type": "router", "by": "cost"}, "$.steps.a"),
+        ({"type": "workflow"}, "$.steps.a"),
+        ({"type": "workflow", "file": "x.yaml", "name": "x"}, "$.steps.a"),
+        ({"type": "workflow", "workflow": {"name": "x", "steps": {}}}, "$.steps.a.workflow.steps"),
+    ],
+)
+def test_the_schema_refuses_what_cannot_be(step: Any, path: str) -> None:
+    assert path in schema_errors({"a": step})
+
+
+def test_the_schema_refuses_a_priority_that_there_is_not() -> None:
+    assert schema_errors({"a": {"type": "task"}}, priority=10, deadline="0x") == ["$.deadline", "$.priority"]
 
 
 # Anything at all

@@ -24,7 +24,7 @@ ROUTER_BY: Final = ("cost", "latency", "tier", "health")
 _UNORDERED: Final = ("needs", "when")
 _ALTERNATIVE: Final = (*_UNORDERED, "for_each", "as", "max_parallel", "on_error", "fallback", "compensate")
 #: What the steps in some parts may not say.
-_REFUSED: Final[Mapping[str, tuple[str, ...]]] = {
+REFUSED: Final[Mapping[str, tuple[str, ...]]] = {
     **dict.fromkeys(("cases", "default", "among"), _UNORDERED),
     "fallback": _ALTERNATIVE,
     "compensate": (*_ALTERNATIVE, "cache"),
@@ -36,11 +36,11 @@ _WHY_REFUSED: Final[Mapping[str, str]] = {
     "fallback": "a fallback cannot have {!r}: it runs in the place of its step, when what is before it has failed",
     "compensate": "a compensation cannot have {!r}: it runs once, to undo what its step did",
 }
-_NO_RETRY: Final = {
+NO_RETRY: Final = {
     "switch": "a switch itself does nothing that could be tried again: put 'retry' on its cases",
     "router": "a router goes on to the next of those it may choose: put 'retry' on what is 'among' them",
 }
-_NO_CACHE: Final = {
+NO_CACHE: Final = {
     "approval": "what a person decided is not for other runs: an approval has no 'cache'",
     "wait": "a wait leaves nothing that another run could use: it has no 'cache'",
 }
@@ -60,7 +60,7 @@ _ONLY_LOADED: Final = (
 
 def broken(step: Written, part: str) -> Iterator[Broken]:
     """The rules that a step breaks; `part` is where it stands in another one, `steps` for one with others beside it."""
-    for key in _REFUSED.get(part, ()):
+    for key in REFUSED.get(part, ()):
         if key in step:
             yield _WHY_REFUSED[part].format(key), (key,)
     yield from _kind(step)
@@ -74,10 +74,10 @@ def _kind(step: Written) -> Iterator[Broken]:
         return
     if kind in BODIES:
         yield from _body(step, kind)
-    if "retry" in step and kind in _NO_RETRY:
-        yield _NO_RETRY[kind], ("retry",)
-    if "cache" in step and kind in _NO_CACHE:
-        yield _NO_CACHE[kind], ("cache",)
+    if "retry" in step and kind in NO_RETRY:
+        yield NO_RETRY[kind], ("retry",)
+    if "cache" in step and kind in NO_CACHE:
+        yield NO_CACHE[kind], ("cache",)
     if kind == "router":
         yield from _router(step)
     elif kind == "workflow":

@@ -8,13 +8,17 @@ from typing import Any, Final, TypeAlias
 from pydantic import BaseModel, TypeAdapter
 
 from ferrum.workflow.check import INPUT_KEYWORDS
-from ferrum.workflow.spec import Budget, Defaults, InputSpec, Timeout
+from ferrum.workflow.rules import NO_CACHE, NO_RETRY, REFUSED
+from ferrum.workflow.spec import Budget, Cache, Concurrency, Defaults, InputSpec, Rate, Repeat, Route, Timeout
 
 Schema: TypeAlias = dict[str, Any]
 
 _NAME: Final = "^[A-Za-z_][A-Za-z0-9_]{0,63}$"
 #: An expression may stand wherever a value may.
 _EXPRESSION: Final[Schema] = {"type": "string", "pattern": r"\{\{"}
+#: What cannot be there; said so, and not as `false`, errors point at it and not at what it is in.
+_NEVER: Final[Schema] = {"not": {}}
+_STEP: Final[Schema] = {"$ref": "#/$defs/step"}
 _COMMON: Final[Schema] = {
     "needs": {
         "type": "array",
@@ -25,15 +29,86 @@ _COMMON: Final[Schema] = {
     "when": {"type": "string", "description": "CEL without braces; the step is skipped where it is false."},
     "retry": {"$ref": "#/$defs/Retry", "description": "How often the step is tried, and the waits in between."},
     "timeout": {"$ref": "#/$defs/duration", "description": "Longest time of one attempt: 250ms, 60s, 15m, 24h, 7d."},
+    "deadline": {
+        "$ref": "#/$defs/duration",
+        "description": "Longest time from when the step was ready until it is over, all attempts and waits included.",
+    },
+    "on_error": {
+        "enum": ["fail", "continue", "fail_fast", "collect"],
+        "description": "`continue`: the step may fail, and is `null` for what refers to it. With `for_each` also"
+        " `fail_fast`, the default: the first item that fails ends the others; and `collect`: an item that failed is"
+        " `{error, index}` in the list.",
+    },
+    "for_each": {
+        "anyOf": [{"type": "array"}, _EXPRESSION],
+        "description": "A list, or an expression that gives one. The step is run for each `item` of it, whose number"
+        " from 0 is `index`, and returns a list in the same order.",
+    },
+    "as": {
+        "type": "string",
+        "pattern": _NAME,
+        "description": "What an item is called instead of `item`; its `index` is then called this and `_index`.",
+    },
+    "max_parallel": {"type": "integer", "minimum": 1, "description": "Most items at the same time."},
+    "repeat": {
+        "$ref": "#/$defs/Repeat",
+        "description": "The step is run again until it is done. `previous` is what it returned in the round before,"
+        " `round` the number of the round, from 1.",
+    },
+    "fallback": {
+        "type": "array",
+        "items": {"$ref": "#/$defs/fallback"},
+        "description": "Steps that are tried in its place, one after the other, when it has failed. `error` is why.",
+    },
+    "compensate": {
+        "$ref": "#/$defs/compensate",
+        "description": "The step that undoes what this one did, when the run fails or is cancelled after it completed."
+        " `output` is what it returned, `params` what it was given.",
+    },
+    "cache": {"$ref": "#/$defs/Cache", "description": "When the output of an earlier run is taken."},
+    "concurrency": {
+        "$ref": "#/$defs/Concurrency",
+        "description": "How many such steps are run at the same time, in all runs.",
+    },
+    "rate": {"$ref": "#/$defs/Rate", "description": "How many such steps are started in a time, in all runs."},
 }
+#: What the types that are made of steps say besides their parameters.
+_COMPOSED: Final[Mapping[str, Schema]] = {
+    "block": {"steps": {"$ref": "#/$defs/steps", "description": "What is inside."}},
+    "switch": {
+        "cases": {
+            "type": "object",
+            "minProperties": 1,
+            "additionalProperties": {"$ref": "#/$defs/case"},
+            "description": 'A step for each value, which is written as text: `bug`, `"3"`, `"true"`.',
+        },
+        "default": {"$ref": "#/$defs/case", "description": "The step for any other value."},
+    },
+    "router": {
+        "among": {
+            "type": "object",
+            "minProperties": 1,
+            "propertyNames": {"pattern": _NAME},
+            "additionalProperties": {"$ref": "#/$defs/routed"},
+            "description": "The steps that it may choose. The best is tried first; when it fails, the next.",
+        },
+    },
+    "workflow": {
+        "file": {
+            "type": "string",
+            "description": "The path of a workflow's file, relative to this one; put in when this one is read.",
+        },
+        "workflow": {"$ref": "#", "description": "Or the workflow itself."},
+    },
+}
+_REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {"block": ("steps",), "switch": ("cases",), "router": ("among",)}
 
 
 def workflow_schema(step_types: Mapping[str, Mapping[str, Any]]) -> Schema:
-    """A JSON Schema (2020-12) of workflow files, given the JSON Schema of each step type's parameters.
+    """A JSON Schema (2020-12) of workflow files, given the JSON Schema of the parameters of each type that is written.
 
     Looser than the real check: it takes any text with `{{` for an expression and does not follow references.
     """
-    models = _models()
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "ferrum workflow",
@@ -49,20 +124,35 @@ def workflow_schema(step_types: Mapping[str, Mapping[str, Any]]) -> Schema:
                 "description": "In quotes where it looks like a number.",
             },
             "description": {"type": "string"},
-            "inputs": _named("What a run is given.", {"$ref": "#/$defs/input"}),
+            "inputs": _named({"$ref": "#/$defs/input"}) | {"description": "What a run is given."},
             "budget": {"$ref": "#/$defs/Budget", "description": "What a run may use up at most."},
+            "deadline": {
+                "$ref": "#/$defs/duration",
+                "description": "The run fails when it is not over by then, whatever it waits for.",
+            },
+            "priority": {
+                "type": "integer",
+                "minimum": 0,
+                "maximum": 9,
+                "default": 5,
+                "description": "9 is most urgent. Default: 5.",
+            },
             "defaults": {
                 "$ref": "#/$defs/Defaults",
-                "description": "What holds for every step that does not say otherwise.",
+                "description": "What holds for every step that does something itself and does not say otherwise.",
             },
-            "steps": _named("The work, one step each.", {"$ref": "#/$defs/step"}) | {"minProperties": 1},
+            "steps": {"$ref": "#/$defs/steps", "description": "The work, one step each."},
             "outputs": {"type": "object", "description": "What a run returns; references any step."},
         },
         "$defs": {
-            **models,
+            **_models(),
             "input": _input(),
-            "step": _step(step_types),
+            "steps": _named(_STEP) | {"minProperties": 1},
+            "step": _step(step_types, "step"),
+            "routed": _step(step_types, "routed"),
+            **{name: _restricted(part) for name, part in _PARTS.items()},
             **{f"step.{name}": _typed(name, schema) for name, schema in step_types.items()},
+            **{f"routed.{name}": _routed(_typed(name, schema)) for name, schema in step_types.items()},
             **{
                 f"{name}.{part}": _open(schema, name)
                 for name, params in step_types.items()
@@ -72,19 +162,14 @@ def workflow_schema(step_types: Mapping[str, Mapping[str, Any]]) -> Schema:
     }
 
 
-def _named(description: str, value: Schema) -> Schema:
-    return {
-        "type": "object",
-        "description": description,
-        "propertyNames": {"pattern": _NAME},
-        "additionalProperties": value,
-    }
+def _named(value: Schema) -> Schema:
+    return {"type": "object", "propertyNames": {"pattern": _NAME}, "additionalProperties": value}
 
 
 def _models() -> Schema:
-    """`Budget`, `Defaults` and what they are made of."""
+    """The parts that are the same wherever they stand, and what they are made of."""
     found: Schema = {"duration": TypeAdapter(Timeout).json_schema()}
-    models: tuple[type[BaseModel], ...] = (Budget, Defaults)
+    models: tuple[type[BaseModel], ...] = (Budget, Defaults, Repeat, Cache, Concurrency, Rate)
     for model in models:
         schema = model.model_json_schema()
         found |= schema.pop("$defs", {})
@@ -111,26 +196,63 @@ def _input() -> Schema:
     }
 
 
-def _step(step_types: Mapping[str, Mapping[str, Any]]) -> Schema:
+#: Steps that stand in a part of another one, and the part.
+_PARTS: Final = {"case": "cases", "fallback": "fallback", "compensate": "compensate"}
+
+
+def _restricted(part: str) -> Schema:
+    """A step that cannot have all that others have."""
+    return {**_STEP, "properties": dict.fromkeys(REFUSED[part], _NEVER)}
+
+
+def _step(types: Mapping[str, Any], base: str) -> Schema:
+    """A step of any type; where it does not say which, it is a block."""
+    block: Schema = {"if": {"not": {"required": ["type"]}}, "then": {"$ref": f"#/$defs/{base}.block"}}
+    typed = [
+        {
+            "if": {"properties": {"type": {"const": name}}, "required": ["type"]},
+            "then": {"$ref": f"#/$defs/{base}.{name}"},
+        }
+        for name in types
+    ]
     return {
         "type": "object",
-        "required": ["type"],
-        "properties": {"type": {"enum": [*step_types], "description": "What the step does."}},
-        "allOf": [
-            {
-                "if": {"properties": {"type": {"const": name}}, "required": ["type"]},
-                "then": {"$ref": f"#/$defs/step.{name}"},
-            }
-            for name in step_types
-        ],
+        "properties": {"type": {"enum": [*types], "description": "What the step does."}},
+        **({"allOf": [*typed, block]} if "block" in types else {"allOf": typed, "required": ["type"]}),
     }
 
 
 def _typed(name: str, params: Mapping[str, Any]) -> Schema:
     """The schema of a whole step of one type."""
     opened = _open(params, name)
-    properties = {**opened.get("properties", {}), "type": {"const": name}, **_COMMON}
-    return {**opened, "properties": properties, "required": ["type", *params.get("required", [])]}
+    refused = [*(["retry"] if name in NO_RETRY else []), *(["cache"] if name in NO_CACHE else [])]
+    return {
+        **opened,
+        "properties": {
+            **_COMPOSED.get(name, {}),
+            **{
+                key: schema
+                for key, schema in opened.get("properties", {}).items()
+                if key not in _COMPOSED.get(name, {})
+            },
+            "type": {"const": name},
+            **_COMMON,
+            **dict.fromkeys(refused, _NEVER),
+        },
+        "required": [
+            *([] if name == "block" else ["type"]),
+            *_REQUIRED.get(name, ()),
+            *params.get("required", []),
+        ],
+        "dependentRequired": {"as": ["for_each"], "max_parallel": ["for_each"]},
+        **({"oneOf": [{"required": [key]} for key in ("file", "workflow", "name")]} if name == "workflow" else {}),
+    }
+
+
+def _routed(step: Schema) -> Schema:
+    """The same step where a router may choose it."""
+    route = Route.model_json_schema()["properties"]
+    return {**step, "properties": {**step["properties"], **route, **dict.fromkeys(REFUSED["among"], _NEVER)}}
 
 
 def _open(schema: Mapping[str, Any], name: str) -> Schema:
