@@ -58,4 +58,4 @@ beat_scheduler = "ferrum.schedules:Beat"
 
 def task_routes(name: str, *_: object, **__: object) -> dict[str, str] | None:
     """A queue for each step type, so that `-Q ferrum.llm` shapes a fleet."""
-    return {"queue": name} if name.startswith("ferrum.") and name != "ferrum.run" else None
+    return {"queue": ".".join(name.split(".")[:2])} if name.startswith("ferrum.") and name != "ferrum.run" else None

@@ -25,6 +25,7 @@ from pydantic import JsonValue
 
 from ferrum.actors import LiveActors
 from ferrum.artifacts import Artifacts
+from ferrum.breaker import Breaking
 from ferrum.errors import AuthorError, NotFound, Unavailable
 from ferrum.executor import Executor, Outcome, Then
 from ferrum.governance.policy import load_policy
@@ -100,8 +101,9 @@ class _Process:
             loop=self._loop,
             worker=worker_name(),
             lease_s=config.lease,
+            breaking=Breaking(config.breaker_failures, config.breaker_window, config.breaker_open),
         )
-        self._pulse = Pulse(record, executor.holds, every_s=config.heartbeat, lease_s=config.lease)
+        self._pulse = Pulse(record, executor.holds, executor.shared, every_s=config.heartbeat, lease_s=config.lease)
         self._pulse.start()
         return executor
 
@@ -189,13 +191,7 @@ class StepTask(Task):  # type: ignore[misc] # Celery is untyped
 
 
 for _type in step_types().values():
-    app.register_task(
-        type(
-            f"{_type.name.title().replace('_', '')}Step",
-            (StepTask,),
-            {"name": f"ferrum.{_type.name}", "queue": _type.queue},
-        )()
-    )
+    app.register_task(type(f"{_type.name.title().replace('_', '')}Step", (StepTask,), {"name": _type.task})())
 
 
 @app.task(name="ferrum.run", bind=True, ignore_result=False, typing=False, send_events=True)  # type: ignore[untyped-decorator]

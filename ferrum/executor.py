@@ -15,13 +15,17 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any, Protocol, overload
 
 from pydantic import JsonValue
 
+from ferrum import cache as cached
+from ferrum import limits
 from ferrum.artifacts import Artifacts, Kept
+from ferrum.breaker import Allowed, Breaker, Breaking, State
+from ferrum.cache import Cache, Hit, digest_of
 from ferrum.errors import (
     AuthorError,
     Denied,
@@ -35,6 +39,7 @@ from ferrum.errors import (
 from ferrum.governance.acts import Act, ModelCall, ModelReply, Reply, ToolCall, ToolReply
 from ferrum.governance.door import decide
 from ferrum.governance.policy import Decision, Effect, Policy
+from ferrum.limits import Concurrency, Entered, Limits, Rate
 from ferrum.loop import Blocking, Interrupted, LoopThread
 from ferrum.plan import Body, Plan, PlannedStep
 from ferrum.record import (
@@ -57,6 +62,7 @@ from ferrum.record import (
     new_run_id,
 )
 from ferrum.results import RunStatus, StepStatus, Usage
+from ferrum.scripts import Who
 from ferrum.settings import redact
 from ferrum.steps import Done, Health, Inside, Park, Skip
 from ferrum.workflow import Step
@@ -64,6 +70,11 @@ from ferrum.workflow import Step
 log = logging.getLogger(__name__)
 
 _PLANS_KEPT = 256
+#: How long a composed step holds what is shared, in seconds: nobody renews it while its parts run.
+_COMPOSED_HOLD_S = 3600.0
+
+#: What a step can wait for besides a person, its time and a signal.
+CHILDREN, RUN, CACHE, LIMIT = "children", "run", "cache", "limit"
 
 
 class Actors(Protocol):
@@ -108,9 +119,26 @@ class Outcome:
     held: Held | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What steps of all runs share the use of."""
+
+    limits: Limits
+    cache: Cache
+    breaker: Breaker
+
+    @classmethod
+    def of(cls, record: Record, breaking: Breaking | None = None) -> Shared:
+        scripts = record.scripts()
+        return cls(Limits(scripts), Cache(scripts), Breaker(scripts, breaking))
+
+
 @dataclass(slots=True)
 class _Hold:
     held: Held
+    #: The slot that it has, and the digest of what it computes for all.
+    slot: str = ""
+    digest: str = ""
     #: Stops the attempt; `None` once it has ended, or before it can be stopped.
     stop: Callable[[], None] | None = None
     lost: bool = False
@@ -150,6 +178,16 @@ class Holds:
             if self._holds.pop(held, None):
                 self._released.append(held)
 
+    def slots(self) -> list[tuple[str, Who]]:
+        """The slots that running steps have."""
+        with self._lock:
+            return [(hold.slot, _who(hold.held)) for hold in self._holds.values() if hold.slot]
+
+    def digests(self) -> list[tuple[str, Who]]:
+        """What running steps compute for all."""
+        with self._lock:
+            return [(hold.digest, _who(hold.held)) for hold in self._holds.values() if hold.digest]
+
     def current(self) -> list[Held]:
         with self._lock:
             return list(self._holds)
@@ -181,6 +219,10 @@ class Holds:
         _stop(holds)
 
 
+def _who(held: Held) -> Who:
+    return Who(held.run_id, held.step_id)
+
+
 def _stop(holds: Sequence[_Hold]) -> None:
     for hold in holds:
         if hold.stop is not None:
@@ -198,10 +240,24 @@ class Executor:
     loop: LoopThread
     worker: str
     lease_s: float
+    breaking: Breaking | None = None
     holds: Holds = field(default_factory=Holds)
+    shared: Shared = field(init=False)
     _plans: dict[str, Plan] = field(default_factory=dict)
     _compiling: threading.Lock = field(default_factory=threading.Lock)
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
+
+    def __post_init__(self) -> None:
+        self.shared = Shared.of(self.record, self.breaking)
+
+    def wake(self, whos: Sequence[Who], kind: str, why: str) -> tuple[Resend, ...]:
+        """Wake these, if they wait for that; what must be sent."""
+        return tuple(one for who in whos for one in self.record.wake(who.run_id, who.step_id, kind, why))
+
+    def share(self) -> tuple[Resend, ...]:
+        """Give to those who wait what the dead held of what all share; what must be sent."""
+        waiting = self.wake(self.shared.limits.sweep(), LIMIT, "its turn came")
+        return waiting + self.wake(self.shared.cache.sweep(), CACHE, "it may look again")
 
     def attempt(self, run_id: str, step_id: str, signature: Callable[[], str]) -> Outcome:
         """Try the step once, if the record says that it may run.
@@ -302,8 +358,10 @@ class _Attempt:
         self._claim = claim
         self._plan = plan
         self._step = step
-        #: The run's input, once it was looked at.
+        #: What its expressions see, once it was looked at.
         self._scoped: dict[str, JsonValue] = {}
+        #: Whether what it is parked for is there by now.
+        self._look_again: Callable[[], bool] | None = None
         self._began = time.monotonic()
         self._acts = 0
         #: By the acts of this attempt, and the part of it that the record knows already.
@@ -343,14 +401,17 @@ class _Attempt:
     def signal(self) -> tuple[JsonValue] | None:
         return (self._executor.opened(self._claim.signal),) if self._claim.signal else None
 
-    def go(self, signature: Callable[[], str]) -> tuple[Then, Ended]:
+    def go(self, signature: Callable[[], str]) -> tuple[Then, Ended]:  # noqa: PLR0911 - one per way to end
         """Raises `Lost`, and `Over` when the run's budget ended it."""
         try:
             self._scoped = self._scope()
-            if (tried := self._alternative()) is not None:
-                return self._fell_back(*tried, signature)
-            if self._step.when is not None and not self._step.when.evaluate(self._scoped):
+            tried = self._alternative()
+            if tried is None and self._step.when is not None and not self._step.when.evaluate(self._scoped):
                 raise Skip("its 'when' is false")
+            if (found := self._look_up()) is not None:
+                return Then.PASS, self._finish(StepStatus.COMPLETED, {"cached": True}, output=found)
+            if tried is not None:
+                return self._fell_back(*tried, signature)
             output = self._act(self._scoped)
             envelope = self._executor.artifacts.keep(output).dumps()
         except (Lost, Over):
@@ -379,8 +440,7 @@ class _Attempt:
             case Skip():
                 return Then.PASS, self._finish(StepStatus.SKIPPED, {"reason": redact(str(why))})
             case _Stopping():
-                self._hand_back()
-                return Then.RETURN, Ended()
+                return Then.RETURN, self._hand_back()
 
     def _scope(self) -> dict[str, JsonValue]:
         step, claim = self._step, self._claim
@@ -394,10 +454,84 @@ class _Attempt:
 
     def _act(self, scope: Mapping[str, JsonValue]) -> JsonValue:
         params = self._step.resolve(scope)
+        self._take_turn(scope)
         kind = self._step.type
         if inspect.iscoroutinefunction(kind.run):
             return self._on_loop(kind.run(params, self))
         return self._in_thread(lambda: kind.run(params, self))
+
+    # What it shares with other runs.
+
+    @property
+    def _who(self) -> Who:
+        return _who(self._hold.held)
+
+    @property
+    def _hold_s(self) -> float:
+        """How long it holds what is shared: renewed while it runs, and for a composed step, which does not, longer."""
+        return _COMPOSED_HOLD_S if self._step.composed else 2 * self._executor.lease_s
+
+    def _look_up(self) -> str | None:
+        """The envelope that is in the cache; `None` where this step is the one that computes it, or has no cache.
+
+        Raises `Park` while another one computes it.
+        """
+        cache = self._step.spec.cache
+        if self._step.cache is None or cache is None:
+            return None
+        workflow = self._plan.workflow.name
+        scope = "global" if cache.scope == "global" else f"{workflow}.{self._step.id}"
+        digest = digest_of(scope, self._step.cache.evaluate(self._scoped))
+
+        def enter() -> Hit | cached.Compute | cached.Wait:
+            return self._executor.shared.cache.enter(digest, self._who, self._hold_s)
+
+        match enter():
+            case Hit(envelope):
+                return envelope
+            case cached.Wait(wake_in_s):
+                self._look_again = lambda: not isinstance(enter(), cached.Wait)
+                raise Park(CACHE, "for another step that computes the same", wake_in_s)
+            case _:
+                self._hold.digest = digest
+                return None
+
+    def _take_turn(self, scope: Mapping[str, JsonValue]) -> None:
+        """Raises `Park` while there are as many others as there may be."""
+        if self._step.limits is None:
+            return
+        keys = self._step.limits.evaluate(scope)
+        assert isinstance(keys, dict)
+        spec = self._step.spec
+        concurrency = Concurrency(str(keys["concurrency"]), spec.concurrency.limit) if spec.concurrency else None
+        rate = Rate(str(keys["rate"]), spec.rate.limit, spec.rate.per) if spec.rate else None
+
+        def enter() -> Entered | limits.Wait:
+            return self._executor.shared.limits.enter(
+                self._who, concurrency, rate, hold_s=self._hold_s, attempt=self.number
+            )
+
+        turn = enter()
+        if not isinstance(turn, Entered):
+            self._look_again = lambda: isinstance(enter(), Entered)
+            raise Park(LIMIT, turn.why, turn.wake_in_s)
+        self._hold.slot = concurrency.key if concurrency else ""
+
+    def _let_go(self, envelope: str = "") -> tuple[Resend, ...]:
+        """Give back what is shared, and to the cache what was computed; what must be sent."""
+        shared, wake = self._executor.shared, self._executor.wake
+        sends: tuple[Resend, ...] = ()
+        cache = self._step.spec.cache
+        if self._hold.digest and cache is not None:
+            digest, self._hold.digest = self._hold.digest, ""
+            if envelope:
+                sends += wake(shared.cache.put(digest, self._who, envelope, cache.ttl), CACHE, "it is there")
+            else:
+                sends += wake(shared.cache.give_up(digest, self._who), CACHE, "it may compute it")
+        if self._hold.slot:
+            slot, self._hold.slot = self._hold.slot, ""
+            sends += wake(shared.limits.leave(self._who, slot), LIMIT, "its turn came")
+        return sends
 
     # What composed steps ask for.
 
@@ -473,11 +607,15 @@ class _Attempt:
         why = f"{run_id} {ended.status}" + (f": {ended.reason}" if ended.reason else "")
         return Done(over=True, error=why, denied=why if ended.status is RunStatus.POLICY_BLOCKED else "")
 
-    def choose(self, targets: Mapping[str, str]) -> Mapping[str, Health]:
-        return {name: Health(usable=True) for name in targets}
+    def health(self, targets: Sequence[str]) -> Mapping[str, Health]:
+        known = self._executor.shared.breaker.health(targets)
+        return {name: Health(one.state is not State.OPEN, one.failures, one.latency_ms) for name, one in known.items()}
+
+    def allowed(self, target: str) -> bool:
+        return isinstance(self._executor.shared.breaker.allow(target, self._who), Allowed)
 
     def report(self, target: str, *, ok: bool, latency_ms: float) -> None:
-        return
+        self._executor.shared.breaker.report(target, self._who, ok=ok, latency_ms=latency_ms)
 
     # What happens instead when it failed.
 
@@ -622,9 +760,10 @@ class _Attempt:
         seconds = round(time.monotonic() - self._began, 4)
         body = {"attempt": self.number, "seconds": seconds, **data}
         with self._telling:
-            return self._executor.record.finish(
+            ended = self._executor.record.finish(
                 self._hold.held, status, body, output=output, usage=self._unsettled(), denied=denied
             )
+        return replace(ended, sends=ended.sends + self._let_go(output))
 
     def _failed(self, error: StepError, signature: Callable[[], str]) -> tuple[Then, Ended]:
         message = redact(error.message)
@@ -637,10 +776,14 @@ class _Attempt:
 
     def _park(self, park: Park, signature: Callable[[], str]) -> Ended:
         data = {"message": redact(park.message), "act": park.act}
-        return self._leave(
+        ended = self._leave(
             park.kind, signature, data, wake_in_s=park.wake_in_s, bound=park.bound, memory=park.memory,
             awaited=park.awaited,
         )  # fmt: skip
+        # What came before it was parked found nobody to wake.
+        if self._look_again is not None and self._look_again():
+            return replace(ended, sends=ended.sends + self._executor.wake([self._who], park.kind, "its turn had come"))
+        return ended
 
     def _inside(self, inside: Inside, signature: Callable[[], str]) -> Ended:
         keep = self._executor.artifacts.keep
@@ -655,7 +798,7 @@ class _Attempt:
             frames = Frames(inside.label)
             item = keep(inside.items[0]).dumps() if inside.items else ""
         return self._leave(
-            "children", signature, {"message": redact(inside.message)}, wake_in_s=inside.wake_in_s,
+            CHILDREN, signature, {"message": redact(inside.message)}, wake_in_s=inside.wake_in_s,
             memory=inside.memory, frames=frames, item=item,
         )  # fmt: skip
 
@@ -664,14 +807,17 @@ class _Attempt:
         bound: str = "", memory: JsonValue = None, awaited: str = "", frames: Frames | None = None, item: str = "",
     ) -> Ended:  # fmt: skip
         with self._telling:
-            return self._executor.record.park(
+            ended = self._executor.record.park(
                 self._hold.held, kind, signature(), {"attempt": self.number, **data}, wake_in_s=wake_in_s,
                 usage=self._unsettled(), bound=bound, memory=memory, awaited=awaited, frames=frames, item=item,
             )  # fmt: skip
+        # What goes on inside of it goes on in its turn.
+        return ended if kind in (CHILDREN, RUN) else replace(ended, sends=ended.sends + self._let_go())
 
-    def _hand_back(self) -> None:
+    def _hand_back(self) -> Ended:
         with self._telling:
             self._executor.record.hand_back(self._hold.held, self._executor.worker, self.number, self._unsettled())
+        return Ended(self._let_go())
 
 
 def _number(step_id: str, parts: int) -> int:

@@ -345,9 +345,8 @@ class Plan:
         """One step as an immutable signature, under the task id that it always has."""
         from celery import Signature
 
-        task = f"ferrum.{self.step(step).type.name}"
         options = {"task_id": task_id(run_id, step), "priority": self.lane if lane is None else lane}
-        return Signature(task, (run_id, step), immutable=True, options=options)
+        return Signature(self.step(step).type.task, (run_id, step), immutable=True, options=options)
 
     def __str__(self) -> str:
         return "\n".join(_describe(self))

@@ -36,16 +36,17 @@ from typing import Any, TypeVar, cast
 from zlib import crc32
 
 import redis
+from pydantic import JsonValue
 from redis.backoff import NoBackoff
 from redis.client import Pipeline
 from redis.retry import Retry
-from pydantic import JsonValue
 from ulid import ULID
 
 from ferrum.errors import Conflict, NotFound, Unavailable, did_you_mean
 from ferrum.events import Event, RunEnded, RunState, fold, read
 from ferrum.governance.budget import counters
 from ferrum.results import RunStatus, StepStatus, Usage
+from ferrum.scripts import Scripts
 
 #: Fixed: a run's partition is part of its id, and every process must agree on it.
 PARTITIONS = 16
@@ -420,6 +421,10 @@ class Connection:
         )
         self._patience_s = patience_s
 
+    def scripts(self) -> Scripts:
+        """The scripts of what all runs share, through the same client."""
+        return Scripts(self._redis, self._patience_s)
+
     def close_connections(self) -> None:
         self._redis.close()
         self._redis.connection_pool.disconnect()
@@ -612,7 +617,10 @@ class Record(Connection):
     # What people do to a run.
 
     def decide(self, run_id: str, step_id: str, verdict: Verdict) -> tuple[Resend, ...]:
-        """Answer what waits for a person; returns what must be sent. Raises `NotFound`, and `Conflict` for a second answer."""
+        """Answer what waits for a person; returns what must be sent.
+
+        Raises `NotFound`, and `Conflict` for a second answer.
+        """
         data = {"approved": verdict.approved, "by": verdict.by, "note": verdict.note}
         # The time makes this answer ours: when the reply is lost and we ask again, we know it.
         text = _dumps({**data, "at": time.time_ns()})

@@ -126,8 +126,12 @@ class Composed(Attempt, Protocol):
         """What a run that it started came to."""
         ...
 
-    def choose(self, targets: Mapping[str, str]) -> Mapping[str, Health]:
-        """How the targets of these names are doing."""
+    def health(self, targets: Sequence[str]) -> Mapping[str, Health]:
+        """How these targets are doing."""
+        ...
+
+    def allowed(self, target: str) -> bool:
+        """Whether the target may be used now; how that went must be reported."""
         ...
 
     def report(self, target: str, *, ok: bool, latency_ms: float) -> None:
@@ -139,7 +143,7 @@ class Composed(Attempt, Protocol):
 class Health:
     """How a target has been doing lately."""
 
-    #: Whether it may be used: not while its circuit breaker is open.
+    #: Whether it may perhaps be used: not while its circuit breaker is open.
     usable: bool
     failures: int = 0
     latency_ms: float | None = None
@@ -170,7 +174,7 @@ class Skip(Exception):
 class Park(Exception):
     """Raised by a step type to wait without a worker; it is run again from its start when the wait is over."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - pickled by position
         self, kind: str, message: str, wake_in_s: float | None = None, act: JsonValue = None, bound: str = "",
         memory: JsonValue = None, awaited: str = "",
     ) -> None:  # fmt: skip
@@ -193,8 +197,8 @@ P = TypeVar("P", bound=Params)
 class StepType(ABC, Generic[P]):
     """One kind of step. Stateless; one value serves all steps of the type."""
 
-    #: What authors write after `type:`; the Celery task is `ferrum.<name>`, and so is its queue, but that composed
-    #: ones, which only decide what is next, share `ferrum.flow`.
+    #: What authors write after `type:`; see `task` and `queue`. Composed ones, which only decide what is next, share a
+    #: queue.
     name: ClassVar[str]
     params: type[P]
     #: How often a step of this type is tried where its author says nothing.
@@ -219,6 +223,11 @@ class StepType(ABC, Generic[P]):
     @property
     def queue(self) -> str:
         return "ferrum.flow" if self.composed else f"ferrum.{self.name}"
+
+    @property
+    def task(self) -> str:
+        """The Celery task that runs it."""
+        return f"ferrum.flow.{self.name}" if self.composed else f"ferrum.{self.name}"
 
 
 @cache

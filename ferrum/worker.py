@@ -15,7 +15,7 @@ from celery import Celery, bootsteps, signals
 from celery.worker.consumer import Tasks
 
 from ferrum.errors import NotFound, SettingsError, Unavailable
-from ferrum.executor import Executor, Holds
+from ferrum.executor import Executor, Holds, Shared
 from ferrum.record import Record
 from ferrum.sending import send
 from ferrum.settings import Settings, settings
@@ -75,8 +75,9 @@ class Pulse:
     not go on beside its successor.
     """
 
-    def __init__(self, record: Record, holds: Holds, *, every_s: float, lease_s: float) -> None:
+    def __init__(self, record: Record, holds: Holds, shared: Shared, *, every_s: float, lease_s: float) -> None:
         self._record = record
+        self._shared = shared
         self._holds = holds
         self._lease_s = lease_s
         self._every = _Every("ferrum-pulse", every_s, self.beat)
@@ -96,6 +97,10 @@ class Pulse:
                 released = []
             if held := self._holds.current():
                 self._holds.lose(self._record.renew(held, self._lease_s))
+            if slots := self._holds.slots():
+                self._shared.limits.renew(slots, 2 * self._lease_s)
+            if digests := self._holds.digests():
+                self._shared.cache.renew(digests, 2 * self._lease_s)
         except _AWAY as error:
             self._holds.put_back(released)
             log.warning("leases were not renewed, Redis does not answer: %s", type(error).__name__)
@@ -160,7 +165,7 @@ class Sweeper:
         record, now = self._executor.record, time.monotonic()
         queues = record.empty_queues(self._queues)
         found = record.sweep(queues, resend_after_s=self._config.resend_after, reap=now >= self._reap_from)
-        for what in found.sends:
+        for what in found.sends + self._executor.share():
             try:
                 send(self._app, self._executor.plan_of, [what])
             except NotFound:

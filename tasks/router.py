@@ -1,4 +1,4 @@
-"""`type: router`: the best of several steps that could do it, by tier, cost, latency or health; the next when it fails."""
+"""`type: router`: the best of several steps, by tier, cost, latency or health; the next one when it fails."""
 
 from __future__ import annotations
 
@@ -44,11 +44,17 @@ class Router(StepType[RouterParams]):
             if done.over and not done.error:
                 return done.output
             errors.append(f"{name}: {done.error or 'took too long'}")
-        left = {name: step for name, step in among.items() if name not in tried}
-        targets = {name: target_of(name, step) for name, step in left.items()}
-        best, why = _choose(params, left, whole.choose(targets))
-        if best is None:
-            raise StepError("; ".join([*errors, *([why] if why else [])]), retry=bool(errors))
+        targets = {name: target_of(name, step) for name, step in among.items() if name not in tried}
+        health = dict(whole.health([*targets.values()]))
+        while True:
+            ends = {name: health[target] for name, target in targets.items()}
+            best, why = _choose(params, {name: among[name] for name in targets}, ends)
+            if best is None:
+                raise StepError("; ".join([*errors, *([why] if why else [])]), retry=True)
+            if whole.allowed(targets[best]):
+                break
+            # Another step tries just now whether it is well again.
+            health[targets[best]] = Health(usable=False)
         more: dict[str, JsonValue] = {"tried": [*tried, best], "errors": [*errors], "since": time.time()}
         raise Inside(f"{best!r}, {why}", label=best, memory=more, wake_in_s=attempt.timeout_s)
 

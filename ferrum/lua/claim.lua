@@ -4,7 +4,7 @@
 -- {'skipped', close, sends}, {'pass'} (ended before; its canvas may go on), {'close', 1, {}} (ended, but
 -- the run is not closed) or {'drop', why}.
 local step, token = ARGV[2], ARGV[3]
-local here = redis.call('EXISTS', run_key) == 1 and node(step)
+local here = node(step)
 local status, state = live(here), load(step)
 if state.s == 'skipped' and state.k == token then
   return status and conclude(step, here, state, true, 'skipped') or { 'skipped', 0, {} }

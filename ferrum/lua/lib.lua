@@ -69,7 +69,10 @@ local function load(step) return parse(redis.call('HGET', steps_key, step)) end
 local function save(step, state) redis.call('HSET', steps_key, step, cjson.encode(state)) end
 
 local function planned(field)
-  plan_key = plan_key or base .. ':plan:' .. redis.call('HGET', run_key, 'plan')
+  local plan = not plan_key and redis.call('HGET', run_key, 'plan')
+  -- Of a run that Redis has let go of nothing is known.
+  if not plan_key and not plan then return end
+  plan_key = plan_key or base .. ':plan:' .. plan
   local raw = redis.call('HGET', plan_key, field)
   return raw and cjson.decode(raw)
 end

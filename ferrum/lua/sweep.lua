@@ -29,9 +29,9 @@ for _, name in ipairs(due(timers_key, number(now))) do
   local late = string.match(step, '^(.*)!d$')
   if RUNS_END[step] then
     if live() then RUNS_END[step]() end
-  elseif redis.call('EXISTS', run_key) == 1 and late then
+  elseif late then
     too_late(late)
-  elseif redis.call('EXISTS', run_key) == 1 and live(node(step)) then
+  elseif live(node(step)) then
     local state = load(step)
     if state.s == 'waiting' then
       if ASKS[state.p] then
@@ -80,7 +80,7 @@ if ARGV[2] == '1' then
     local id, step, token = split(name)
     redis.call('ZREM', leases_key, name)
     open(id)
-    local here = redis.call('EXISTS', run_key) == 1 and node(step)
+    local here = node(step)
     if here and live(here) then
       local state = load(step)
       if state.k == token or (token == '!' and ENDED[state.s]) then
@@ -106,7 +106,7 @@ for i = 6, #ARGV, 3 do
   for _, name in ipairs(due(key, number(limit))) do
     local id, step = split(name)
     open(id)
-    local here = redis.call('EXISTS', run_key) == 1 and node(step)
+    local here = node(step)
     local state = here and live(here) and load(step)
     if state and state.s == 'pending' then
       detach(step, state, here)
