@@ -232,7 +232,8 @@ class Story:
 
 def _masked(text: str) -> list[str]:
     """The lines, sorted where they are of the same second, without what differs from run to run."""
-    text = re.sub(r"run_[0-9A-Z]{26}", "RUN", text)
+    text = re.sub(r"(run|sch)_[0-9A-Z]{26}", "RUN", text)
+    text = re.sub(r"\d{4}-\d\d-\d\d", "DATE", text)
     text = re.sub(r"\d\d:\d\d:\d\d", "TIME", text)
     text = re.sub(r"\b[0-9a-f]{12,64}\b", "HASH", text)
     text = re.sub(r"(\d+ [dhm] )?\d+(\.\d+)? (ms|s|m|h)(?!\w)|\d+\.\d\d+", "TIME", text)
@@ -302,7 +303,8 @@ def _on_tcp(server: PrivateRedis) -> Iterator[str]:
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
-    "page", ["README.md", "getting-started.md", "how-it-works.md", "policy.md", "python.md", "testing.md"]
+    "page",
+    ["README.md", "getting-started.md", "how-it-works.md", "policy.md", "python.md", "schedules.md", "testing.md"],
 )
 def test_what_a_page_shows_works_and_prints_what_it_says(
     page: str, redis_server: PrivateRedis, clean_redis: str, tmp_path: Path
