@@ -16,8 +16,21 @@ from pydantic import BaseModel
 from ferrum import errors, expressions
 from ferrum.settings import Settings
 from ferrum.steps import StepType, step_types
-from ferrum.workflow import Budget, Retry, text, workflow_schema
+from ferrum.workflow import (
+    COMMON,
+    Budget,
+    Cache,
+    Concurrency,
+    Rate,
+    Repeat,
+    Retry,
+    Route,
+    text,
+    workflow_schema,
+)
 from ferrum.workflow.check import INPUT_KEYWORDS
+from ferrum.workflow.rules import NO_RETRY
+from ferrum.workflow.schema import COMPOSED, REQUIRED
 
 HERE: Final = Path(__file__).parent
 PAGES: Final = ("workflow-reference.md", "operations.md")
@@ -63,6 +76,10 @@ def _type(schema: Mapping[str, Any]) -> str:
         case {"anyOf": list(choices)}:
             kinds = list(dict.fromkeys(_type(one) for one in choices if one.get("type") != "null"))
             return "duration" if any(_is_duration(one) for one in choices) else " or ".join(kinds)
+        case {"$ref": str(ref)}:
+            return {"#": "workflow", "#/$defs/steps": "steps by name", "#/$defs/case": "step"}.get(ref, "any value")
+        case {"type": "object", "additionalProperties": {"$ref": "#/$defs/case" | "#/$defs/routed"}}:
+            return "steps by name"
         case {"type": "array", **rest}:
             inner = _type(rest["items"]) if "items" in rest else ""
             return f"list of {inner}" if inner and inner != "any value" else "list"
@@ -86,7 +103,12 @@ def _default(schema: Mapping[str, Any], *, required: bool) -> str:
 
 
 def _schema() -> dict[str, Any]:
-    return workflow_schema({name: kind.params.model_json_schema() for name, kind in step_types().items()})
+    return workflow_schema({name: kind.params.model_json_schema() for name, kind in _written().items()})
+
+
+def _written() -> dict[str, StepType[Any]]:
+    """The types that an author may write."""
+    return {name: kind for name, kind in step_types().items() if kind.written}
 
 
 def _top() -> str:
@@ -107,14 +129,14 @@ def _top() -> str:
 
 
 def _common() -> str:
-    """What every step may say: what all types have in common."""
-    steps = [part for name, part in _schema()["$defs"].items() if name in {f"step.{kind}" for kind in step_types()}]
-    shared = [name for name in steps[0]["properties"] if all(name in step["properties"] for step in steps)]
-    rows = (
-        [f"`{name}`", steps[0]["properties"][name].get("description") or "What the step does."]
-        for name in ("type", *(one for one in shared if one != "type"))
-    )
-    return _table(("field", "what it says"), rows)
+    """What every step may say."""
+    parts = _schema()["$defs"]
+    steps = [parts[f"step.{kind}"]["properties"] for kind in _written()]
+    said = {"type": "What the step does. May be left out where there are `steps`: then it is a `block`."}
+    for name in COMMON[1:]:
+        # A type that cannot have it says nothing about it.
+        said[name] = next(step[name]["description"] for step in steps if "description" in step[name])
+    return _table(("field", "what it says"), ([f"`{name}`", what] for name, what in said.items()))
 
 
 def _inputs() -> str:
@@ -125,17 +147,25 @@ def _inputs() -> str:
 
 
 def _types() -> str:
-    return "\n\n".join("\n".join(_one_type(kind)) for kind in step_types().values())
+    return "\n\n".join("\n".join(_one_type(kind)) for kind in _written().values())
 
 
 def _one_type(kind: StepType[Any]) -> Iterator[str]:
     yield f"### `type: {kind.name}`"
     yield ""
-    yield _fields(kind.params.model_json_schema())
+    own = kind.params.model_json_schema()
+    steps = COMPOSED.get(kind.name, {})
+    yield _fields(
+        {
+            "properties": {**steps, **{name: field for name, field in own["properties"].items() if name not in steps}},
+            "required": [*own.get("required", []), *REQUIRED.get(kind.name, ())],
+        }
+    )
     yield ""
     tries = kind.retry.max_attempts
     limit = f"{kind.timeout_s:g} s" if kind.timeout_s is not None else "none"
-    yield f"Queue `{kind.queue}`. Tries without a `retry`: {tries}. `timeout` without one: {limit}."
+    tried = "" if kind.name in NO_RETRY else f" Tries without a `retry`: {tries}."
+    yield f"Queue `{kind.queue}`.{tried} `timeout` without one: {limit}."
 
 
 def _functions() -> str:
@@ -188,6 +218,11 @@ PARTS: Final[Mapping[str, Callable[[], str]]] = {
     "inputs": _inputs,
     "budget": _model(Budget),
     "retry": _model(Retry),
+    "repeat": _model(Repeat),
+    "cache": _model(Cache),
+    "concurrency": _model(Concurrency),
+    "rate": _model(Rate),
+    "route": _model(Route),
     "types": _types,
     "functions": _functions,
     "limits": _limits,

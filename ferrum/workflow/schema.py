@@ -72,8 +72,8 @@ _COMMON: Final[Schema] = {
     },
     "rate": {"$ref": "#/$defs/Rate", "description": "How many such steps are started in a time, in all runs."},
 }
-#: What the types that are made of steps say besides their parameters.
-_COMPOSED: Final[Mapping[str, Schema]] = {
+#: What the types that are made of steps say besides their parameters, and what of it they have to say.
+COMPOSED: Final[Mapping[str, Schema]] = {
     "block": {"steps": {"$ref": "#/$defs/steps", "description": "What is inside."}},
     "switch": {
         "cases": {
@@ -101,7 +101,7 @@ _COMPOSED: Final[Mapping[str, Schema]] = {
         "workflow": {"$ref": "#", "description": "Or the workflow itself."},
     },
 }
-_REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {"block": ("steps",), "switch": ("cases",), "router": ("among",)}
+REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {"block": ("steps",), "switch": ("cases",), "router": ("among",)}
 
 
 def workflow_schema(step_types: Mapping[str, Mapping[str, Any]]) -> Schema:
@@ -229,11 +229,9 @@ def _typed(name: str, params: Mapping[str, Any]) -> Schema:
     return {
         **opened,
         "properties": {
-            **_COMPOSED.get(name, {}),
+            **COMPOSED.get(name, {}),
             **{
-                key: schema
-                for key, schema in opened.get("properties", {}).items()
-                if key not in _COMPOSED.get(name, {})
+                key: schema for key, schema in opened.get("properties", {}).items() if key not in COMPOSED.get(name, {})
             },
             "type": {"const": name},
             **_COMMON,
@@ -241,7 +239,7 @@ def _typed(name: str, params: Mapping[str, Any]) -> Schema:
         },
         "required": [
             *([] if name == "block" else ["type"]),
-            *_REQUIRED.get(name, ()),
+            *REQUIRED.get(name, ()),
             *params.get("required", []),
         ],
         "dependentRequired": {"as": ["for_each"], "max_parallel": ["for_each"]},

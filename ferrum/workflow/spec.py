@@ -112,7 +112,8 @@ class Retry(_Part):
         None,
         min_length=1,
         strict=False,
-        description="Which failures are tried again; without it all that may pass.",
+        description="Which failures are tried again: `timeout`, `rate_limit`, `unavailable`, `error` (any other that may"
+        " pass). Default: all of them.",
     )
 
     def delay(self, attempt: int, random: float, retry_after_s: float | None = None) -> float:
@@ -195,7 +196,7 @@ class Repeat(_Part):
     until: str = Field(description="CEL without braces, asked after each round: whether that was the last one.")
     max: int = Field(ge=1, le=100_000, description="Most rounds.")
     on_max: Literal["fail", "pass"] = Field(
-        "fail", description="What the step does when `until` was not true in the last round either."
+        "fail", description="What the step does when `until` was never true: `fail`, or `pass` with the last output."
     )
 
 
@@ -205,7 +206,7 @@ class Cache(_Part):
     key: JsonValue = Field(description="What the output depends on, usually with expressions.")
     ttl: Timeout = Field(description="How long an output may be taken again.")
     scope: Literal["workflow", "global"] = Field(
-        "workflow", description="Who shares it: runs of the same workflow, or of all workflows."
+        "workflow", description="Who shares it: runs of the same `workflow`, or of all (`global`)."
     )
 
 
