@@ -300,6 +300,8 @@ class Executor:
             plan = self.plan(held.run_id, claim.plan)
             attempt = _Attempt(self, hold, claim, plan, plan.step(held.step_id))
             then, send = attempt.go(signature)
+            if then is Then.PASS:
+                return self._after(held.run_id, plan, send, held)
         except Over as over:
             self.holds.drop(held)
             return Outcome(Then.DROP, held.run_id, sends=over.sends)
@@ -310,8 +312,6 @@ class Executor:
             # No longer renewed, so that the step is given to another worker.
             self.holds.drop(held)
             raise
-        if then is Then.PASS:
-            return self._after(held.run_id, plan, send, held)
         self.holds.drop(held)
         return Outcome(then, held.run_id, plan, send.sends)
 

@@ -38,6 +38,8 @@ KEPT: dict[str, tuple[str, dict[str, object], str]] = {
     "run.started": ("", {}, ""),
     "run.waiting": ("", {}, ""),
     "run.resumed": ("", {}, ""),
+    "run.compensating": ("", {"status": "failed", "reason": "'a' failed"}, ""),
+    "signal.received": ("", {"name": "go", "by": "ann"}, '{"v":1}'),
     "run.ended": ("", {"status": "failed", "reason": "'a' failed"}, ""),
     "step.started": ("a", {"attempt": 1, "worker": "w"}, ""),
     "act.decided": (
@@ -52,6 +54,8 @@ KEPT: dict[str, tuple[str, dict[str, object], str]] = {
     "step.completed": ("a", {"seconds": 0.5, "usage": {"cost_micro_usd": 1500000}}, '{"v":1}'),
     "step.failed": ("a", {"error": "no", "seconds": 0.1}, ""),
     "step.skipped": ("a", {"reason": "'b' failed", "cause": "b"}, ""),
+    "step.cancelled": ("a.0.b", {"attempt": 1}, ""),
+    "step.kept": ("a", {"origin": "run_0", "status": "completed"}, '{"v":1}'),
 }
 
 

@@ -125,7 +125,7 @@ def test_a_step_that_works_leaves_its_output_and_its_canvas_goes_on(office: Offi
     office.actors.on("git.log", ["a commit"])
     run = office.begin({"a": TOOL, "b": {**TOOL, "needs": ["a"]}})
     outcome = office.attempt(run)
-    assert (outcome.then, outcome.run_id, outcome.send) == (Then.PASS, run.run_id, Ended())
+    assert (outcome.then, outcome.run_id, outcome.sends) == (Then.PASS, run.run_id, ())
     assert outcome.plan is not None
     state = office.record.state(run.run_id)
     assert (state.step("a").status, state.step_outputs["a"]) == (StepStatus.COMPLETED, '{"v":["a commit"]}')
@@ -180,7 +180,7 @@ def test_a_step_that_was_skipped_is_null_to_those_behind_it(office: Office) -> N
 def test_a_message_that_has_nothing_to_do_goes_no_further(office: Office) -> None:
     office.actors.on("git.log", 1)
     run = office.begin({"a": TOOL, "b": {**TOOL, "needs": ["a"]}})
-    assert office.attempt(run, "b") == Outcome(Then.DROP)
+    assert office.attempt(run, "b").then is Then.DROP
     office.attempt(run, "a")
     assert office.attempt(run, "a") == Outcome(Then.PASS)
     assert len(office.actors.done) == 1
@@ -202,13 +202,13 @@ def test_what_depends_on_a_failed_step_is_skipped_and_says_what_follows_it(offic
 def test_a_step_that_may_work_later_waits_and_is_tried_again(office: Office) -> None:
     office.actors.on("git.log", ToolError("busy", retry=True), "at last")
     run = office.begin({"a": {**TOOL, "retry": {"max_attempts": 2, "backoff": "40s"}}})
-    assert office.attempt(run) == Outcome(Then.WAIT)
+    assert office.attempt(run).then is Then.WAIT
     waiting = office.record.events(run.run_id)[-1]
     assert isinstance(waiting, StepWaiting)
     assert (waiting.kind, waiting.error, waiting.attempt) == ("retry", "busy", 1)
     assert waiting.wakes_in is not None
     assert 0 <= waiting.wakes_in <= 40
-    assert office.record.nudge(run.run_id) == [Resend(run.run_id, "a", "signature of a")]
+    assert office.record.nudge(run.run_id) == (Resend(run.run_id, "a", "signature of a"),)
     assert office.attempt(run).then is Then.PASS
     step = office.record.state(run.run_id).step("a")
     assert (step.status, step.attempt, step.usage.tool_calls) == (StepStatus.COMPLETED, 2, 2)
@@ -457,11 +457,11 @@ def test_a_step_that_is_no_longer_ours_is_stopped(office: Office, types: Types, 
 def test_a_stopping_worker_gives_its_steps_back(office: Office, types: Types, run: Callable[..., Any]) -> None:
     types(work=run)
     begun = office.begin({"a": {"type": "work"}})
-    assert in_the_midst(office, begun, Holds.stop_all) == Outcome(Then.RETURN)
+    assert in_the_midst(office, begun, Holds.stop_all).then is Then.RETURN
     assert office.executor.holds.current() == []
     assert office.record.state(begun.run_id).step("a").status is StepStatus.PENDING
     # And whatever comes after.
-    assert office.attempt(begun) == Outcome(Then.RETURN)
+    assert office.attempt(begun).then is Then.RETURN
     assert begun.happened().count("step.lost a") == 2
 
 
@@ -472,7 +472,7 @@ def test_what_a_lost_step_says_is_not_recorded(office: Office, types: Types) -> 
 
     types(cancelled=cancelled)
     run = office.begin({"a": {"type": "cancelled"}})
-    assert office.attempt(run) == Outcome(Then.DROP)
+    assert office.attempt(run).then is Then.DROP
     assert run.happened()[-1] == "run.ended"
 
 
@@ -517,7 +517,7 @@ def asking(office: Office) -> ByHand:
     office.executor.policy = Policy.of({"ask": ["tool:*"]})
     office.actors.on("git.log", 1)
     run = office.begin({"a": TOOL})
-    assert office.attempt(run) == Outcome(Then.WAIT)
+    assert office.attempt(run).then is Then.WAIT
     assert office.actors.done == []
     return run
 
@@ -528,8 +528,8 @@ def test_an_act_that_a_person_must_allow_waits_and_happens_after_a_yes(office: O
     assert isinstance(waiting, StepWaiting)
     assert (waiting.kind, waiting.act) == ("ask", LOG.model_dump(mode="json"))
     assert waiting.message.startswith("tool git.log: ")
-    resend = office.record.decide(run.run_id, "a", Verdict(True, "ann"))
-    assert resend == Resend(run.run_id, "a", "signature of a")
+    sends = office.record.decide(run.run_id, "a", Verdict(True, "ann"))
+    assert sends == (Resend(run.run_id, "a", "signature of a"),)
     assert office.attempt(run).then is Then.PASS
     state = office.record.state(run.run_id)
     assert (state.status, state.step("a").attempt) == (RunStatus.COMPLETED, 1)
@@ -578,14 +578,14 @@ def test_a_yes_to_one_act_is_not_a_yes_to_another(office: Office, types: Types) 
     office.executor.policy = Policy.of({"ask": ["tool:*"]})
     run = office.begin({"a": {"type": "changing"}})
     for _ in range(2):
-        assert office.attempt(run) == Outcome(Then.WAIT)
+        assert office.attempt(run).then is Then.WAIT
         office.record.decide(run.run_id, "a", Verdict(True, "ann"))
     assert office.actors.done == []
 
 
 def test_an_approval_waits_for_its_answer_and_leaves_it_as_its_output(office: Office) -> None:
     run = office.begin({"a": {"type": "approval", "message": "Go on?", "timeout": "1h"}})
-    assert office.attempt(run) == Outcome(Then.WAIT)
+    assert office.attempt(run).then is Then.WAIT
     waiting = office.record.events(run.run_id)[-2]
     assert isinstance(waiting, StepWaiting)
     assert (waiting.kind, waiting.message, waiting.wakes_in) == ("approval", "Go on?", 3600)
@@ -618,7 +618,7 @@ def test_an_act_that_would_pass_a_limit_does_not_happen_and_ends_the_run(office:
     types(model=model)
     office.actors.on(MODEL, "x")
     run = office.begin({"a": {"type": "model"}}, limits=Limits(total_tokens=14))
-    assert office.attempt(run) == Outcome(Then.DROP)
+    assert office.attempt(run).then is Then.DROP
     assert office.executor.holds.current() == []
     assert office.actors.done == []
     state = office.record.state(run.run_id)
@@ -656,7 +656,7 @@ def test_usage_counts_once_when_an_attempt_is_stopped_while_an_act_is_admitted(
             time.sleep(0.02)
 
     monkeypatch.setattr(office.record, "admit", admit)
-    assert office.attempt(run) == Outcome(Then.RETURN)
+    assert office.attempt(run).then is Then.RETURN
     assert office.record.state(run.run_id).usage == office.actors.costs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -183,13 +184,17 @@ def test_whatever_ends_first_each_finish_starts_what_it_makes_ready_and_nothing_
 def test_the_nodes_of_the_record_say_what_the_canvas_carries(needs: Graph) -> None:
     plan = Plan(workflow_of(needs))
     heads = {head for segment in plan.segments for head in segment.heads}
-    nodes = plan.nodes()
+    nodes = {step: json.loads(text) for step, text in plan.nodes().items()}
+    top = nodes.pop(" f:")
+    assert sorted(nodes) == sorted(needs)
     for step, node in nodes.items():
-        assert sorted(node.needs) == sorted(needs[step])
-        for behind, count, canvas, queue, segment in node.next:
+        assert sorted(node["n"]) == sorted(needs[step])
+        for behind, count, canvas, queue, segment, deadline_ms in node["x"]:
             assert step in needs[behind]
-            assert (count, canvas) == (len(needs[behind]), behind not in heads)
-            assert (queue, segment) == (nodes[behind].queue, plan.segment_of[behind].id)
+            assert (count, canvas == 1) == (len(needs[behind]), behind not in heads)
+            assert (queue, segment, deadline_ms) == (nodes[behind]["q"], plan.segment_of[behind].id, 0)
+    assert top["s"] == len(needs)
+    assert sorted(root[0] for root in top["r"]) == sorted(step for step, before in needs.items() if not before)
     assert sorted(step.id for step in plan.roots) == sorted(step for step, before in needs.items() if not before)
     on_canvas, joined = edges(plan)
     assert sorted(on_canvas + joined) == sorted((need, step) for step, before in needs.items() for need in before)
@@ -255,9 +260,11 @@ def test_the_messages_of_a_canvas_hold_the_run_and_the_step_and_nothing_else() -
         assert step["options"]["task_id"] == f"{run_id}.{step['args'][1]}"
 
 
-def test_a_segment_is_sent_once_however_many_of_its_heads_are_named() -> None:
+def test_each_head_of_a_segment_says_which_one_it_begins() -> None:
     plan = Plan(workflow_of({"a": (), "b": (), "c": ("a", "b"), "d": ()}))
-    assert [segment.heads for segment in plan.starting_with(["a", "d", "b"])] == [("a", "b"), ("d",)]
+    assert [(plan.starting_with(head)[0].heads, plan.starting_with(head)[1]) for head in "abd"] == [
+        (("a", "b"), ""), (("a", "b"), ""), (("d",), ""),
+    ]  # fmt: skip
 
 
 def test_a_plan_is_the_same_when_it_is_read_back_and_another_when_the_workflow_is() -> None:

@@ -41,7 +41,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_the_types_that_ship_with_ferrum_are_there_each_with_its_queue() -> None:
     types = step_types()
     assert {"approval", "llm", "task", "tool"} <= set(types)
-    assert {name: kind.queue for name, kind in types.items()} == {name: f"ferrum.{name}" for name in types}
+    composed = {"block", "for_each", "repeat", "router", "switch", "workflow"}
+    assert {name for name, kind in types.items() if kind.composed} == composed
+    assert {name: kind.queue for name, kind in types.items()} == {
+        name: "ferrum.flow" if name in composed else f"ferrum.{name}" for name in types
+    }
 
 
 def test_adding_a_type_is_adding_a_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,7 +190,7 @@ local wake, end_run
 
 local function really_end(status, data, output)
   redis.call('HSET', run_key, 'status', status, 'ended', number(now))
-  active, asking = 0, 0
+  tell_counts()
   emit('run.ended', '', data, output)
   redis.call('SREM', base .. ':live', run_id)
   local keep, up = unpack(redis.call('HMGET', run_key, 'keep', 'up'))
@@ -250,8 +250,8 @@ end_run = function(status, data, output)
     end
   end
   if status == 'completed' or redis.call('EXISTS', undo_key) == 0 then return really_end(status, data, output) end
-  active, asking = 0, 0
   redis.call('HSET', run_key, 'status', 'compensating', 'ending', data)
+  tell_counts()
   redis.call('DEL', parked_key)
   emit('run.compensating', '', data)
   undo_next()

@@ -3,11 +3,6 @@
 local status = redis.call('HGET', run_key, 'status')
 if not status then return { 'no', 'missing' } end
 if not LIVE[status] then return { 'no', status } end
-local WOKEN = { retry = true, limit = true, cache = true }
-for _, step in ipairs(redis.call('HKEYS', parked_key)) do
-  local state = load(step)
-  if state.s == 'waiting' and WOKEN[state.p] then send(step, wake(step, state, 'asked to')) end
-end
 local steps = redis.call('SMEMBERS', open_key)
 plan_key = plan_key or base .. ':plan:' .. redis.call('HGET', run_key, 'plan')
 for _, step in ipairs(redis.call('HKEYS', plan_key)) do
@@ -20,6 +15,12 @@ for _, step in ipairs(steps) do
     save(step, state)
     send(step, '')
   end
+end
+-- After the others: what is woken is ready, too, but goes on with its canvas.
+local WOKEN = { retry = true, limit = true, cache = true }
+for _, step in ipairs(redis.call('HKEYS', parked_key)) do
+  local state = load(step)
+  if state.s == 'waiting' and WOKEN[state.p] then send(step, wake(step, state, 'asked to')) end
 end
 tell_counts()
 return { 'ok', 0, sends }
