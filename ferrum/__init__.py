@@ -1,7 +1,7 @@
 """ferrum runs AI agents in production, as durable workflows on Celery.
 
-`submit` starts a run and `wait` gives its outputs; `watch` shows it live; `decide`, `cancel` and `resume` are what
-people do to it. Importing this is cheap: what is heavy is imported where it is used.
+`submit` starts a run and `wait` gives its outputs; `watch` shows it live; `decide`, `signal`, `cancel`, `resume`,
+`rerun` and `fork` are what people do to it; `register` keeps a workflow for others to use. Importing this is cheap: what is heavy is imported where it is used.
 """
 
 from __future__ import annotations
@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_DOORS = ("approvals", "cancel", "decide", "resume", "submit", "wait", "watch")
-__all__ = ["Workflow", "approvals", "cancel", "decide", "resume", "submit", "wait", "watch"]
+_DOORS = (
+    *("approvals", "cancel", "decide", "fork", "register", "rerun", "resume", "signal", "submit", "wait", "watch"),
+)
+__all__ = [  # noqa: RUF022 - one list, and what is not a door
+    "Workflow", "approvals", "cancel", "decide", "fork", "register", "rerun", "resume", "signal", "submit", "wait",
+    "watch",
+]  # fmt: skip
 
 if TYPE_CHECKING:
-    from ferrum.runs import approvals, cancel, decide, resume, submit, wait, watch
+    from ferrum.runs import approvals, cancel, decide, fork, register, rerun, resume, signal, submit, wait, watch
     from ferrum.workflow import Workflow
 
 

@@ -153,8 +153,11 @@ def schema(as_json: bool) -> None:
 )
 @click.option("--detach", is_flag=True, help="Start it, print its id, and do not wait.")
 @click.option("--key", help="The same key within 24 h is the same run.")
+@click.option("--priority", type=int, help="0 to 9, 9 is most urgent; instead of the workflow's.")
 @as_json_option
-def run(file: Path, inputs: tuple[str, ...], detach: bool, key: str | None, as_json: bool) -> int:
+def run(  # noqa: PLR0917 - click gives them by name
+    file: Path, inputs: tuple[str, ...], detach: bool, key: str | None, priority: int | None, as_json: bool
+) -> int:
     """Run a workflow and follow it; starts Redis and a worker where there are none."""
     from ferrum.plan import Plan
     from ferrum.workflow import Workflow
@@ -166,7 +169,7 @@ def run(file: Path, inputs: tuple[str, ...], detach: bool, key: str | None, as_j
     workflow.check_input(given)
     here = Here()
     try:
-        run_id = here.submit(workflow, given, key)
+        run_id = here.submit(workflow, given, key, priority)
     except BaseException:
         here.stop()
         raise
@@ -253,7 +256,9 @@ class Here:
         if local.started:
             self._started = local
 
-    def submit(self, workflow: Workflow, given: Mapping[str, JsonValue], key: str | None) -> str:
+    def submit(
+        self, workflow: Workflow, given: Mapping[str, JsonValue], key: str | None, priority: int | None = None
+    ) -> str:
         """Start a run, once both are there; its id."""
         from ulid import ULID
 
@@ -261,7 +266,7 @@ class Here:
 
         # With a key, asking again starts nothing twice.
         key = key or f"cli.{ULID()}"
-        return self._insisting(lambda: submit(workflow, given, key=key))
+        return self._insisting(lambda: submit(workflow, given, key=key, priority=priority))
 
     def _insisting(self, call: Callable[[], _T]) -> _T:
         self.ensure()
@@ -506,11 +511,100 @@ def cancel_run(run_id: str, by: str | None, reason: str | None, as_json: bool) -
 @_run_id
 @as_json_option
 def resume_run(run_id: str, as_json: bool) -> None:
-    """Let a run go on now: what waits to be tried again is tried, what is ready is sent again."""
+    """Let a run go on now; of one that failed, a new run takes over what it completed and does the rest."""
     from ferrum.runs import resume
 
-    Here().do(lambda: resume(run_id))
+    _goes_on(Here().do(lambda: resume(run_id)), as_json)
+
+
+@runs.command("rerun")
+@_run_id
+@click.option("--from", "from_step", metavar="STEP", help="Take over all results but this step's and those behind it.")
+@as_json_option
+def rerun_run(run_id: str, from_step: str | None, as_json: bool) -> None:
+    """Run an ended run again, all of it or from a step on."""
+    from ferrum.runs import rerun
+
+    _goes_on(Here().do(lambda: rerun(run_id, from_step=from_step)), as_json)
+
+
+@runs.command("fork")
+@_run_id
+@click.option(
+    "--input", "-i", "inputs", multiple=True, metavar="K=V", help="An input that differs, or @file.json; repeatable."
+)
+@as_json_option
+def fork_run(run_id: str, inputs: tuple[str, ...], as_json: bool) -> None:
+    """Run it again with another input; results that the change does not touch are taken over."""
+    from ferrum.runs import fork, plan_of
+
+    def do() -> str:
+        return fork(run_id, read_inputs(plan_of(run_id).workflow, inputs))
+
+    _goes_on(Here().do(do), as_json)
+
+
+def _goes_on(run_id: str, as_json: bool) -> None:
     _done({"run_id": run_id}, f"{run_id} goes on; watch it with: ferrum runs watch {run_id}", as_json)
+
+
+@ferrum.command("signal")
+@_run_id
+@click.argument("name")
+@click.option("--data", help="What the waiting step gets, as JSON, or @file.json.")
+@_by
+@as_json_option
+def signal_run(run_id: str, name: str, data: str | None, by: str | None, as_json: bool) -> None:
+    """Give a run the signal that one of its steps waits for, or will."""
+    from ferrum.runs import signal
+
+    value = _signal_data(data)
+    Here().do(lambda: signal(run_id, name, value, by=by or _user()))
+    _done({"run_id": run_id, "signal": name}, f"{run_id} has the signal {name!r}", as_json)
+
+
+def _signal_data(text: str | None) -> JsonValue:
+    if text is None:
+        return None
+    if text.startswith("@"):
+        return _input_file(text[1:])
+    try:
+        value: JsonValue = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--data has to be JSON, such as 7, {json.dumps(text)} or @file.json: {error}") from error
+    return value
+
+
+@ferrum.group()
+def workflows() -> None:
+    """Workflows that others use as a step, by name and version."""
+
+
+@workflows.command("register")
+@_file
+@as_json_option
+def register_workflow(file: Path, as_json: bool) -> None:
+    """Keep a workflow under its name and version; it is the newest of its name from here on."""
+    from ferrum.runs import register
+
+    name, version = Here().do(lambda: register(file))
+    _done({"name": name, "version": version}, f"{name} {version} is registered", as_json)
+
+
+@workflows.command("list")
+@as_json_option
+def list_workflows(as_json: bool) -> None:
+    """List what is registered."""
+    from ferrum.runs import record
+
+    found = record().registrations()
+    if as_json:
+        _show_json([{"name": name, "version": version, "newest": newest} for name, version, newest in found])
+        return
+    from ferrum.follow import table
+
+    for row in table([(name, version, "newest" if newest else "") for name, version, newest in found], left=3):
+        click.echo(row)
 
 
 def _done(value: Mapping[str, object], text: str, as_json: bool) -> None:

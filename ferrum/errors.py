@@ -41,7 +41,7 @@ class StepError(FerrumError):
     """
 
     #: What `retry.on` calls it: `timeout`, `rate_limit`, `unavailable`, or `error` for all else.
-    kind = "error"
+    kind: str = "error"
 
     def __init__(self, message: str, retry: bool = False, retry_after_s: float | None = None) -> None:
         super().__init__(message, retry, retry_after_s)
@@ -113,7 +113,7 @@ class Conflict(AuthorError):
 class StepTimeout(StepError):
     """One attempt took longer than its `timeout`."""
 
-    kind = "timeout"
+    kind: str = "timeout"
 
 
 class ModelError(StepError):

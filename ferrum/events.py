@@ -262,6 +262,8 @@ class RunState:
     steps: dict[str, StepResult] = field(default_factory=dict)
     #: The envelope of each completed step's output.
     step_outputs: dict[str, str] = field(default_factory=dict)
+    #: Steps that did not complete and need not: skipped as the workflow wanted it, or failed as they may.
+    passed_over: set[str] = field(default_factory=set)
     created_at: float | None = None
     started_at: float | None = None
     ended_at: float | None = None
@@ -310,6 +312,8 @@ def _apply(state: RunState, event: Event) -> None:  # noqa: PLR0912 - one case p
             state._change(event, status=StepStatus.CANCELLED)
         case StepKept():
             state._change(event, status=event.status, error=event.error)
+            if event.status is not StepStatus.COMPLETED:
+                state.passed_over.add(event.step)
             if event.output is not None:
                 state.step_outputs[event.step] = event.output
         case RunEnded():
@@ -336,8 +340,12 @@ def _apply(state: RunState, event: Event) -> None:  # noqa: PLR0912 - one case p
                 state.step_outputs[event.step] = event.output
         case StepFailed():
             state._change(event, status=StepStatus.FAILED, error=event.error)
+            if event.tolerated:
+                state.passed_over.add(event.step)
         case StepSkipped():
             state._change(event, status=StepStatus.SKIPPED, error=event.reason)
+            if event.cause is None:
+                state.passed_over.add(event.step)
         case _:
             assert_never(event)
 

@@ -423,7 +423,9 @@ class _Attempt:
         except (AuthorError, SettingsError) as error:
             return self._failed(StepError(str(error)), signature)
         except Unavailable as error:
-            return self._failed(StepError(str(error), retry=True), signature)
+            away = StepError(str(error), retry=True)
+            away.kind = "unavailable"
+            return self._failed(away, signature)
         except Exception as error:
             log.exception("%s.%s: a bug in step type %r", self.run_id, self.step_id, self._step.type.name)
             return self._failed(

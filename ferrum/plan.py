@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property, lru_cache
@@ -149,6 +149,11 @@ class PlannedStep:
     body: str = ""
 
     @property
+    def deadline_ms(self) -> int:
+        """As the record wants it; 0 for none."""
+        return 0 if self.deadline_s is None else max(1, round(self.deadline_s * 1000))
+
+    @property
     def composed(self) -> bool:
         return bool(self.bodies)
 
@@ -241,7 +246,7 @@ class Plan:
             edges = {
                 name: Edge(
                     name, len(body.needs[name]), name not in heads, self.steps[step].type.queue, segments[name],
-                    _ms(self.steps[step].deadline_s),
+                    self.steps[step].deadline_ms,
                 )
                 for name, step in body.steps.items()
             }  # fmt: skip
@@ -258,7 +263,7 @@ class Plan:
         return Frame(
             len(body.steps),
             tuple(
-                (name, self.steps[step].type.queue, segments[name], _ms(self.steps[step].deadline_s))
+                (name, self.steps[step].type.queue, segments[name], self.steps[step].deadline_ms)
                 for name, step in body.steps.items()
                 if not body.needs[name]
             ),
@@ -285,12 +290,12 @@ class Plan:
             undoes=step.undoing,
             undo=step.undoes is not None,
             composed=step.composed,
-            deadline_ms=_ms(step.deadline_s),
+            deadline_ms=step.deadline_ms,
         )
 
     def new_run(
         self, run_id: str, key: str | None, given: str, *, priority: int | None = None,
-        parent: tuple[str, str] | None = None, begins: bool = True,
+        parent: tuple[str, str] | None = None, origin: tuple[str, str] | None = None,
     ) -> NewRun:  # fmt: skip
         """What the record needs to begin a run of this plan; `given` is the envelope of its input."""
         workflow = self.workflow
@@ -303,7 +308,7 @@ class Plan:
             document=lambda: self.document,
             nodes=self.nodes,
             steps=len(self.top.steps),
-            roots=tuple((step.id, step.type.queue, _ms(step.deadline_s)) for step in self.roots),
+            roots=tuple((step.id, step.type.queue, step.deadline_ms) for step in self.roots),
             workflow=workflow.name,
             version=workflow.version,
             input=given,
@@ -314,8 +319,32 @@ class Plan:
             lane=LANES - 1 - (workflow.priority if priority is None else priority),
             deadline_s=workflow.deadline,
             parent=parent,
-            begins=begins,
+            origin=origin,
         )
+
+    @cached_property
+    def in_order(self) -> list[str]:
+        """The steps of the workflow, each after all that it needs."""
+        return _forward(self.top.needs)
+
+    def behind(self, steps: Iterable[str]) -> frozenset[str]:
+        """These steps of the workflow and all that wait for them."""
+        found = set(steps)
+        for name in self.in_order:
+            if found.intersection(self.top.needs[name]):
+                found.add(name)
+        return frozenset(found)
+
+    def reading(self, inputs: Collection[str]) -> list[str]:
+        """The steps of the workflow whose expressions, or those of what is inside of them, see one of these inputs."""
+        return [name for name in self.top.steps if any(_sees(path, inputs) for path in self._paths(name))]
+
+    def _paths(self, name: str) -> Iterator[tuple[str, ...]]:
+        for step in self.steps.values():
+            if step.id == name or step.id.startswith(f"{name}."):
+                outputs = (body.output for body in step.bodies.values())
+                for expression in (step.params, step.when, step.until, step.cache, step.limits, *outputs):
+                    yield from expression.paths if expression else ()
 
     def starting_with(self, head: str) -> tuple[Segment, str]:
         """The segment that a step begins, and what the ids of its steps begin with."""
@@ -370,8 +399,9 @@ def template_id(step_id: str) -> str:
 _NUMBER: Final = re.compile(r"\.\d+(?=\.|$)")
 
 
-def _ms(duration_s: float | None) -> int:
-    return 0 if duration_s is None else max(1, round(duration_s * 1000))
+def _sees(path: tuple[str, ...], inputs: Collection[str]) -> bool:
+    """Whether a reference leads to one of these inputs; `input` alone and `input[*]` lead to all."""
+    return path[0] == "input" and (len(path) == 1 or path[1] == "*" or path[1] in inputs)
 
 
 # Checking.

@@ -249,8 +249,8 @@ class NewRun:
     deadline_s: float | None = None
     #: The run and the step that it is part of.
     parent: tuple[str, str] | None = None
-    #: Whether it begins at once, or by `begin`.
-    begins: bool = True
+    #: The run whose results it takes over, and how: it begins by `begin`, not at once.
+    origin: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -476,12 +476,16 @@ class Record(Connection):
         wall = str(round(run.wall_time_s * 1000)) if run.wall_time_s is not None else ""
         deadline = str(round(run.deadline_s * 1000)) if run.deadline_s is not None else ""
         parent = " ".join(run.parent) if run.parent else ""
-        made = {"workflow": run.workflow, "version": run.version, "plan": run.plan}
-        created = _dumps({**made, "parent": run.parent} if run.parent else made)
+        made: dict[str, object] = {"workflow": run.workflow, "version": run.version, "plan": run.plan}
+        if run.parent:
+            made["parent"] = run.parent
+        if run.origin:
+            made["origin"], made["how"] = run.origin
+        created = _dumps(made)
         keep_ms = round(run.keep_s * 1000)
         arguments: list[str | int] = [
             run.run_id, run.key or "", KEY_LIFE_S * 1000, run.plan, keep_ms, limits, wall, int(run.has_outputs),
-            run.steps, run.input, created, run.lane, deadline, parent, MAX_DEPTH, int(run.begins),
+            run.steps, run.input, created, run.lane, deadline, parent, MAX_DEPTH, int(not run.origin),
             *(text for root in run.roots for text in root),
         ]  # fmt: skip
         reply = self._run("create", run.run_id, *arguments)
@@ -606,13 +610,18 @@ class Record(Connection):
             texts = [text for step, data, output in batch for text in (step, _dumps(data), output)]
             self._run("adopt", run_id, run_id, *texts)
 
-    def begin(self, run_id: str, ready: Sequence[tuple[str, str, int]], ended: Mapping[str, int]) -> None:
-        """Begin a run whose results were taken over.
+    def begin(
+        self, run_id: str, kept: str, ready: Sequence[tuple[str, str, int]], ended: Mapping[str, int]
+    ) -> tuple[Resend, ...]:
+        """Begin a run whose results were taken over; returns what must be sent.
 
-        `ready`: name, queue and deadline in ms of what can run; `ended`: of the others, how many needs have ended.
+        `kept`: one of those results; `ready`: name, queue and deadline in ms of what can run; `ended`: of the others,
+        how many needs have ended.
         """
         texts = [text for step in ready for text in step]
-        self._run("begin", run_id, run_id, len(ready), *texts, *(text for pair in ended.items() for text in pair))
+        counts = [text for pair in ended.items() for text in pair]
+        reply = self._run("begin", run_id, run_id, kept, len(ready), *texts, *counts)
+        return _sends(reply[2]) if reply[0] == "ok" else ()
 
     # What people do to a run.
 

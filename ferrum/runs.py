@@ -1,18 +1,18 @@
-"""The front door: submit, wait, watch, decide, cancel, resume."""
+"""The front door: submit, wait, watch, decide, signal, cancel, resume, rerun, fork."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from os import PathLike
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from ferrum.artifacts import Artifacts, Kept
-from ferrum.errors import FerrumError, InputError, NotFound
+from ferrum.errors import Conflict, FerrumError, InputError, NotFound, Problem, WorkflowError, did_you_mean
 from ferrum.events import Event, RunState
 from ferrum.plan import Plan
-from ferrum.record import LANES, Asked, Record, Resend, Verdict, follow
+from ferrum.record import LANES, Asked, Record, Resend, Verdict, follow, new_run_id
 from ferrum.results import RunStatus, StepResult, StepStatus, Usage
 from ferrum.sending import send, start
 from ferrum.settings import settings
@@ -218,13 +218,119 @@ def cancel(run_id: str, *, by: str = "", reason: str | None = None) -> None:
     _send(record().cancel(run_id, by, reason))
 
 
-def resume(run_id: str) -> None:
-    """Let everything in a run that could go on go on now, instead of at its time.
+def resume(run_id: str) -> str:
+    """Let a run go on; returns the id of the run that does.
 
-    Steps that wait to be tried again are tried, and what is ready is sent again. Raises `NotFound`, and `Conflict` for
-    a run that has ended.
+    In a live run everything that could go on goes on now, instead of at its time: steps that wait to be tried again
+    are tried, and what is ready is sent again. Where a run has failed, or was ended, a new one takes over what it
+    completed and runs the rest. Raises `NotFound`, and `Conflict` for a run that has completed.
     """
+    status = record().status(run_id)
+    if status is RunStatus.COMPLETED:
+        raise Conflict(f"run {run_id!r} has completed: nothing is left to do; to run it again: ferrum runs rerun")
+    if status.ended:
+        return _take_over(run_id, "resume", plan_of(run_id), {}, again=())
     _send(record().nudge(run_id))
+    return run_id
+
+
+def rerun(run_id: str, *, from_step: str | None = None) -> str:
+    """Run an ended run again, with its input and its workflow as it was then; returns the new run's id.
+
+    With `from_step`, results are taken over but for those of that step and all that wait for it. Raises `NotFound`,
+    also for a step that the workflow does not have, and `Conflict` for a run that has not ended.
+    """
+    status = record().status(run_id)
+    if not status.ended:
+        raise Conflict(f"run {run_id!r} has not ended, it is {status}: cancel it first, or fork it")
+    plan = plan_of(run_id)
+    if from_step is not None and from_step not in plan.top.steps:
+        raise NotFound(f"run {run_id!r} has no step {from_step!r}{did_you_mean(from_step, plan.top.steps)}")
+    again = plan.top.steps if from_step is None else [from_step]
+    return _take_over(run_id, "rerun", plan, {}, again=again)
+
+
+def fork(run_id: str, input: Mapping[str, JsonValue]) -> str:
+    """A new run of the same workflow with other values for some inputs; returns its id.
+
+    Results are taken over from `run_id`, but for those of steps that see one of the inputs that differ, and of all that
+    wait for them. Raises `NotFound` and `InputError`.
+    """
+    return _take_over(run_id, "fork", plan_of(run_id), input, again=())
+
+
+def _take_over(run_id: str, how: str, plan: Plan, changes: Mapping[str, JsonValue], *, again: Collection[str]) -> str:
+    state = record().state(run_id)
+    before = _opened(state.input, artifacts())
+    assert isinstance(before, dict)
+    given = plan.workflow.check_input({**before, **changes})
+    changed = [name for name in {*given, *before} if given.get(name) != before.get(name)]
+    kept = _kept(state, plan, plan.behind([*again, *plan.reading(changed)]))
+    run = plan.new_run(new_run_id(), None, artifacts().keep(given).dumps(), origin=(run_id, how))
+    record().create(run)
+    record().adopt(run.run_id, [(name, _kept_event(state, name), state.step_outputs.get(name, "")) for name in kept])
+    needs = {name: plan.top.needs[name] for name in plan.top.steps if name not in kept}
+    ready = [name for name, before_it in needs.items() if kept.issuperset(before_it)]
+    ended = {name: len(kept.intersection(needs[name])) for name in needs if name not in ready}
+    roots = [(name, plan.steps[name].type.queue, plan.steps[name].deadline_ms) for name in ready]
+    _send(record().begin(run.run_id, next(iter(kept), ""), roots, ended))
+    return run.run_id
+
+
+def _kept(state: RunState, plan: Plan, again: Collection[str]) -> frozenset[str]:
+    """The steps whose results are taken over: those that are good, and whose needs are all taken over too."""
+    undone = {step.partition(".")[0] for step in state.steps if step.endswith(".compensate")}
+    kept: set[str] = set()
+    for name in plan.in_order:
+        result = state.step(name)
+        good = result.status is StepStatus.COMPLETED or name in state.passed_over
+        if good and name not in again and name not in undone and kept.issuperset(plan.top.needs[name]):
+            kept.add(name)
+    return frozenset(kept)
+
+
+def _kept_event(state: RunState, name: str) -> dict[str, object]:
+    result = state.step(name)
+    data: dict[str, object] = {"origin": state.run_id, "status": result.status.value, "error": result.error}
+    return data | ({"tolerated": True} if result.status is StepStatus.FAILED else {})
+
+
+def register(workflow: Workflow | Mapping[str, object] | str | PathLike[str]) -> tuple[str, str]:
+    """Keep a workflow under its name and version, for `type: workflow` steps; returns both.
+
+    Raises `WorkflowError`, also where it leads back to itself, and `Conflict` for a version that says something else.
+    """
+    plan = _planned(workflow)
+    name, version = plan.workflow.name, plan.workflow.version
+    _refuse_cycles(plan.workflow.to_dict(), (name,))
+    record().register(name, version, plan.document)
+    return name, version
+
+
+def _refuse_cycles(document: JsonValue, path: tuple[str, ...]) -> None:
+    for name, version in _named_workflows(document):
+        if name == path[0]:
+            raise WorkflowError([Problem(f"these workflows need each other: {' -> '.join([*path, name])}")])
+        try:
+            inner = record().registered(name, version)
+        except NotFound:
+            # It may be registered later; whoever does so is told then.
+            continue
+        if name not in path:
+            _refuse_cycles(dict(inner), (*path, name))
+
+
+def _named_workflows(value: JsonValue) -> Iterator[tuple[str, str | None]]:
+    """Every registered workflow that a workflow's steps name."""
+    if isinstance(value, dict):
+        name, version = value.get("name"), value.get("version")
+        if value.get("type") == "workflow" and isinstance(name, str):
+            yield name, version if isinstance(version, str) else None
+        for part in value.values():
+            yield from _named_workflows(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _named_workflows(part)
 
 
 def _send(sends: Sequence[Resend]) -> None:

@@ -1,5 +1,5 @@
 -- ARGV: run, key ('' for none), key's life in ms, plan digest, keep ms, limits JSON ('' for none), wall ms ('' for
--- none), outputs ('1' or '0'), steps, input envelope, created data JSON, lane, deadline ms ('' for none), parent
+-- none), outputs ('1' or '0'), steps, input envelope, created data JSON, lane (its parent's, if any), deadline ms ('' for none), parent
 -- ('run step', '' for none), most runs inside each other, begin ('1', or '0': another script begins it), then (root, queue, deadline ms)…
 -- Returns {'new'}, {'old', run} for a key that was used, {'deep'}, {'gone'} when the parent has ended, or {'plan'} when
 -- the plan must be stored first.
@@ -11,10 +11,11 @@ if key ~= '' then
   if first then return { 'old', first } end
 end
 if redis.call('HEXISTS', plan_key, ' doc') == 0 then return { 'plan' } end
-local depth = 1
+local depth, of_run = 1, ARGV[12]
 if ARGV[14] ~= '' then
   local above = base .. ':run:' .. string.match(ARGV[14], '^%S+')
-  local status, deep = unpack(redis.call('HMGET', above, 'status', 'depth'))
+  local status, deep
+  status, deep, of_run = unpack(redis.call('HMGET', above, 'status', 'depth', 'lane'))
   if not LIVE[status] and status ~= 'compensating' then return { 'gone' } end
   depth = (deep or 1) + 1
   if depth > tonumber(ARGV[15]) then return { 'deep' } end
@@ -23,7 +24,7 @@ if key ~= '' then redis.call('SET', base .. ':key:' .. key, run_id, 'PX', ARGV[3
 redis.call('HINCRBY', plan_key, ' refs', 1)
 redis.call('PERSIST', plan_key)
 redis.call('HSET', run_key, 'status', 'queued', 'plan', ARGV[4], 'keep', ARGV[5], 'outputs', ARGV[8], 'left', ARGV[9],
-  'created', number(now), 'lane', ARGV[12])
+  'created', number(now), 'lane', of_run)
 if ARGV[6] ~= '' then redis.call('HSET', run_key, 'limits', ARGV[6]) end
 if ARGV[7] ~= '' then redis.call('HSET', run_key, 'wall', ARGV[7]) end
 if ARGV[13] ~= '' then redis.call('ZADD', timers_key, number(now + ARGV[13]), member('!deadline')) end

@@ -227,7 +227,9 @@ def _translated(model: str, error: Exception) -> ModelError:
     said = _quoted(str(error))
     if final := _final(status, names, str(error)):
         return ModelError(f"model {model!r} {final} ({said})")
-    return ModelError(f"model {model!r} {_passing(status, names)} ({said})", True, _retry_after(chain))
+    passing = ModelError(f"model {model!r} {_passing(status, names)} ({said})", True, _retry_after(chain))
+    passing.kind = "rate_limit" if status == 429 else "unavailable"
+    return passing
 
 
 def _final(status: int | None, names: frozenset[str], text: str) -> str | None:
