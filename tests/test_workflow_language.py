@@ -183,6 +183,12 @@ def test_it_comes_back_from_its_dictionary() -> None:
     }
 
 
+def test_workflows_whose_steps_inside_are_in_another_order_differ() -> None:
+    one, other = "a: {steps: {b: {type: x}, c: {type: x}}}", "a: {steps: {c: {type: x}, b: {type: x}}}"
+    assert workflow(f"  {one}") != workflow(f"  {other}")
+    assert workflow(f"  {one}") == workflow("  a: {type: block, steps: {b: {type: x}, c: {type: x}}}")
+
+
 def test_what_is_not_said_is_not_in_its_dictionary() -> None:
     made = workflow("  a: {type: x}")
     assert {"deadline", "priority"} & made.to_dict().keys() == set()
@@ -375,21 +381,30 @@ def test_a_case_is_called_by_its_own_label_in_its_until() -> None:
         # Names that mean something elsewhere.
         (
             "  a: {type: x, p: '{{ item }}'}",
-            "4:19: steps.a.p: 'item' is there only in a step with 'for_each' and inside it, where 'as' does not call"
-            " them something else",
+            "4:19: steps.a.p: 'item' is there only in what is done for each item of a 'for_each', where 'as' does not"
+            " call it something else",
         ),
         (
             "  a: {type: x, for_each: [1], as: doc, p: '{{ index }}'}",
-            "4:43: steps.a.p: 'index' is there only in a step with 'for_each' and inside it, where 'as' does not call"
-            " them something else",
+            "4:43: steps.a.p: 'index' is there only in what is done for each item of a 'for_each', where 'as' does not"
+            " call it something else",
         ),
         (
             "  a: {type: x, for_each: '{{ [round] }}'}",
-            "4:26: steps.a.for_each: 'round' is there only in a step with 'repeat' and inside it",
+            "4:26: steps.a.for_each: 'round' is there only in what is done in each round of a 'repeat'",
+        ),
+        (
+            "  a: {type: x, repeat: {until: 'true', max: 2}, when: round == 1}",
+            "4:55: steps.a.when: 'round' is there only in what is done in each round of a 'repeat'",
+        ),
+        (
+            "  a: {type: x, for_each: [1], when: item > 1}",
+            "4:37: steps.a.when: 'item' is there only in what is done for each item of a 'for_each', where 'as' does"
+            " not call it something else",
         ),
         (
             "  a: {type: x, repeat: {until: 'true', max: 2}, fallback: [{type: x, p: '{{ previous }}'}]}",
-            "4:73: steps.a.fallback[0].p: 'previous' is there only in a step with 'repeat' and inside it",
+            "4:73: steps.a.fallback[0].p: 'previous' is there only in what is done in each round of a 'repeat'",
         ),
         (
             "  a: {type: x, p: '{{ error }}'}",
@@ -665,6 +680,9 @@ def test_all_that_is_wrong_inside_is_said_at_once() -> None:
         "  a: {type: workflow, input: '{{ input }}', workflow: {name: b, inputs: {n: {type: string}},"
         " steps: {c: {type: x}}}}",
         "  a: {type: workflow, name: '{{ input.list[0] }}', version: '1'}",
+        "  a: {steps: {default: {type: x}, case1: {type: x, p: '{{ default }}'}}}",
+        "  a: {type: switch, value: 1, cases: {b: {type: x}}, default: {type: x, repeat: {until: default.x, max: 2}}}",
+        "  compensate: {type: x}\n  fallback1: {type: x, p: '{{ compensate }}'}",
     ],
 )
 def test_what_only_looks_wrong_is_taken(steps: str) -> None:

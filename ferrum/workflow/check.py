@@ -54,9 +54,9 @@ _SHOWN_OF_CYCLE: Final = 20
 #: Names that mean something in some places, and where that is.
 _PLACED: Final[Mapping[str, str]] = {
     **dict.fromkeys(
-        ("item", "index"), "in a step with 'for_each' and inside it, where 'as' does not call them something else"
+        ("item", "index"), "in what is done for each item of a 'for_each', where 'as' does not call it something else"
     ),
-    **dict.fromkeys(("round", "previous"), "in a step with 'repeat' and inside it"),
+    **dict.fromkeys(("round", "previous"), "in what is done in each round of a 'repeat'"),
     "error": "in a 'fallback', where it says why the step failed",
     **dict.fromkeys(("output", "params"), "in a 'compensate', where they are what its step returned and was given"),
 }
@@ -102,6 +102,9 @@ class _Scope:
     def steps(self) -> set[str]:
         """The steps whose names mean something here."""
         return {name for body, _ in self.around for name in body.steps}
+
+    def has_step(self, name: str) -> bool:
+        return any(name in body.steps for body, _ in self.around)
 
 
 class _Check:
@@ -312,7 +315,7 @@ def _wrong_name(name: str, scope: _Scope) -> str | None:
         return _NOT_A_NAME.format(f"the step {name!r}")
     if _is_taken(name) or (scope.around and is_set_aside(name)):
         return f"a step cannot be called {name!r}: the name is taken"
-    if name in scope.steps:
+    if scope.has_step(name):
         return f"there is a step {name!r} around this one already: call it something else"
     if name in scope.bound:
         return f"{name!r} is what the item of a 'for_each' around this step is called: call one of them something else"
@@ -327,7 +330,7 @@ def _wrong_item(name: str, scope: _Scope) -> str | None:
         return _NOT_A_NAME.format(f"the item {name!r}")
     if _is_taken(name):
         return f"an item cannot be called {name!r}: the name is taken"
-    if name in scope.steps:
+    if scope.has_step(name):
         return f"there is a step {name!r} already: call the item something else"
     return None
 

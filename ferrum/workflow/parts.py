@@ -26,8 +26,9 @@ BODIES: Final[Mapping[str, str]] = {"block": "steps", "switch": "cases", "router
 #: Longest name of a step or an input.
 MAX_NAME: Final = 64
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
-#: Names in the ids of steps that are not the author's.
-_SET_ASIDE: Final = re.compile(r"default|compensate|(?:case|fallback)[0-9]+", re.ASCII)
+#: Ends of ids inside any step that are not the author's, and those inside a switch.
+_SET_ASIDE: Final = re.compile(r"compensate|fallback[0-9]+", re.ASCII)
+_LABELS: Final = re.compile(r"default|case[0-9]+", re.ASCII)
 
 
 def is_name(name: str) -> bool:
@@ -35,7 +36,7 @@ def is_name(name: str) -> bool:
 
 
 def is_set_aside(name: str) -> bool:
-    """Whether an id that ends so is that of a fallback, a compensation or a case."""
+    """Whether an id that ends so is that of a fallback or a compensation."""
     return _SET_ASIDE.fullmatch(name) is not None
 
 
@@ -58,10 +59,11 @@ def parts_of(kind: object) -> tuple[str, ...]:
 
 def labels(cases: Iterable[str]) -> dict[str, str]:
     """What each case of a switch is called in ids: its text where that is a name, else `case` and its number."""
-    return {
-        text: text if is_name(text) and not is_set_aside(text) else f"case{number}"
-        for number, text in enumerate(cases, 1)
-    }
+    return {text: text if _is_label(text) else f"case{number}" for number, text in enumerate(cases, 1)}
+
+
+def _is_label(text: str) -> bool:
+    return is_name(text) and not is_set_aside(text) and _LABELS.fullmatch(text) is None
 
 
 def index_name(item: str) -> str:

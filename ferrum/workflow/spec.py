@@ -112,8 +112,8 @@ class Retry(_Part):
         None,
         min_length=1,
         strict=False,
-        description="Which failures are tried again: `timeout`, `rate_limit`, `unavailable`, `error` (any other that may"
-        " pass). Default: all of them.",
+        description="Which failures are tried again: `timeout`, `rate_limit`, `unavailable`, `error` (any other that"
+        " may pass). Default: all of them.",
     )
 
     def delay(self, attempt: int, random: float, retry_after_s: float | None = None) -> float:
@@ -242,7 +242,7 @@ class Step(_Part):
     model_config = ConfigDict(validate_by_name=True)
 
     #: Its own name, without those of the steps around it: the key that it stands under. For what has none: `default`,
-    #: `fallback1`, …, `compensate`, and for a case that is no name `case1`, …; see `parts.label`.
+    #: `fallback1`, …, `compensate`, and for a case that is no name `case1`, …; see `parts.labels`.
     id: str
     type: str = Field(min_length=1)
     #: Steps beside it that have to be over before, besides those that its expressions refer to.
@@ -557,8 +557,11 @@ class Workflow(_Part):
         return value
 
     def __eq__(self, other: object) -> bool:
-        # Where it was read from does not count; nor does the order of keys, except that of steps.
-        return isinstance(other, Workflow) and self.to_dict() == other.to_dict() and [*self.steps] == [*other.steps]
+        # Where it was read from does not count; nor does the order of keys, except that of steps, at any depth.
+        if not isinstance(other, Workflow):
+            return False
+        mine, others = self.to_dict(), other.to_dict()
+        return mine == others and [where for where, _ in parts.walk(mine)] == [where for where, _ in parts.walk(others)]
 
     __hash__ = None  # type: ignore[assignment]
 
