@@ -143,7 +143,9 @@ def schema(as_json: bool) -> None:
     from ferrum.workflow import workflow_schema
 
     del as_json  # It is JSON anyway.
-    _show_json(workflow_schema({name: kind.params.model_json_schema() for name, kind in step_types().items()}))
+    _show_json(
+        workflow_schema({name: kind.params.model_json_schema() for name, kind in step_types().items() if kind.written})
+    )
 
 
 @ferrum.command()

@@ -288,11 +288,14 @@ class Executor:
         # Compiled once, though a wide run brings it to every thread at the same moment.
         with self._compiling:
             if digest not in self._plans:
-                plan = Plan.loads(self.record.plan_document(run_id, digest))
-                if len(self._plans) >= _PLANS_KEPT:
-                    self._plans.pop(next(iter(self._plans)))
-                self._plans[digest] = plan
+                self.remember(Plan.loads(self.record.plan_document(run_id, digest)))
             return self._plans[digest]
+
+    def remember(self, plan: Plan) -> Plan:
+        """Keep a plan that steps of this process will soon ask for."""
+        if len(self._plans) >= _PLANS_KEPT:
+            self._plans.pop(next(iter(self._plans)), None)
+        return self._plans.setdefault(plan.digest, plan)
 
     def _claimed(self, held: Held, claim: Claimed, signature: Callable[[], str]) -> Outcome:
         hold = self.holds.add(held)
@@ -582,7 +585,7 @@ class _Attempt:
         self, workflow: Mapping[str, JsonValue], input: Mapping[str, JsonValue], budget: Mapping[str, JsonValue] | None
     ) -> str:
         document = dict(workflow) if budget is None else {**workflow, "budget": dict(budget)}
-        plan = Plan.of(document)
+        plan = self._executor.remember(Plan.of(document))
         checked = plan.workflow.check_input(input)
         key = f"{self.idempotency_key}#{self.number}"
         run = plan.new_run(
@@ -791,7 +794,7 @@ class _Attempt:
         keep = self._executor.artifacts.keep
         item = ""
         if inside.label is None:
-            frames = Frames(None, len(inside.items), inside.window, inside.fail_fast)
+            frames = Frames(None, len(inside.items), inside.window, inside.chunk, inside.fail_fast)
             for start in range(0, len(inside.items), SPREAD_BATCH):
                 batch = enumerate(inside.items[start : start + SPREAD_BATCH], start)
                 items = [(f"{self.step_id}.{number}", keep(value).dumps()) for number, value in batch]

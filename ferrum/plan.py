@@ -25,8 +25,7 @@ from ferrum.governance.budget import Limits, ceilings
 from ferrum.record import LANES, Edge, Frame, NewRun, Node, Read
 from ferrum.settings import settings
 from ferrum.steps import Params, StepType, step_types
-from ferrum.workflow import COMMON, Defaults, Retry, Step, Workflow, inner_needs
-from ferrum.workflow.check import labels
+from ferrum.workflow import COMMON, Defaults, Retry, Step, Workflow, inner_needs, labels
 
 if TYPE_CHECKING:
     from celery.canvas import Signature

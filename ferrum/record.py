@@ -213,13 +213,17 @@ class Frames:
     #: The name of the only one, else they are numbered from 0.
     label: str | None
     total: int = 1
-    #: How many at a time.
+    #: How many at a time, and how many more begin together once there is room for so many.
     window: int = 1
+    chunk: int = 1
     #: Whether the first that fails ends the wait.
     fail_fast: bool = False
 
     def dumps(self) -> str:
-        known = {"total": self.total, "left": self.total, "next": 0, "window": self.window, "ff": int(self.fail_fast)}
+        known = {
+            "total": self.total, "left": self.total, "next": 0, "window": self.window, "chunk": self.chunk,
+            "ff": int(self.fail_fast),
+        }  # fmt: skip
         return _dumps(known if self.label is None else {**known, "label": self.label})
 
 

@@ -153,15 +153,19 @@ class Inside(Exception):
     """Raised by a composed step to let frames run inside it; it is run again when they have ended."""
 
     def __init__(
-        self, message: str, *, label: str | None = None, items: Sequence[JsonValue] = (), window: int = 1,
+        self, message: str, *, label: str | None = None, items: Sequence[JsonValue] = (), window: int = 1, chunk: int = 1,
         fail_fast: bool = False, memory: JsonValue = None, wake_in_s: float | None = None,
     ) -> None:  # fmt: skip
-        """One frame called `label`, given the only item, if any; or one for each of `items`, numbered from 0."""
+        """One frame called `label`, given the only item, if any; or one for each of `items`, numbered from 0.
+
+        `window`: how many at a time; `chunk`: how many more begin together once there is room for so many.
+        """
         super().__init__(message)
         self.message = message
         self.label = label
         self.items = items
         self.window = window
+        self.chunk = chunk
         self.fail_fast = fail_fast
         self.memory = memory
         self.wake_in_s = wake_in_s

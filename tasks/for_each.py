@@ -11,6 +11,8 @@ from ferrum.steps import Attempt, Composed, Done, Inside, Params, StepType
 
 #: Items that are on their way at the same time where the author says nothing; it also bounds what one script begins.
 WINDOW: Final = 1000
+#: How many of them follow at once where it is not the author who bounds it.
+CHUNK: Final = 100
 
 
 class ForEachParams(Params):
@@ -39,6 +41,7 @@ class ForEach(StepType[ForEachParams]):
                 f"{count} items{at_a_time}",
                 items=params.items,
                 window=window,
+                chunk=1 if params.max_parallel else CHUNK,
                 fail_fast=params.on_error == "fail_fast",
                 memory={"count": count},
             )

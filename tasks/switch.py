@@ -7,7 +7,7 @@ import json
 from pydantic import Field, JsonValue
 
 from ferrum.steps import Attempt, Composed, Inside, Params, Skip, StepType
-from ferrum.workflow.check import labels
+from ferrum.workflow import labels
 
 
 class SwitchParams(Params):

@@ -1,29 +1,50 @@
-"""`type: task`: a Celery task of your own, by name, run inside this step."""
+"""`type: task`: a Celery task of your own by name, or a function of a module of yours, run inside this step."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from importlib import import_module
 from inspect import isawaitable
+from types import FunctionType
 from typing import Any
 
-from pydantic import Field, JsonValue, TypeAdapter, ValidationError, field_validator
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError, field_validator, model_validator
 
 from ferrum.errors import StepError, TaskError, did_you_mean
+from ferrum.settings import settings
 from ferrum.steps import Attempt, Params, StepType
 
 _json: TypeAdapter[JsonValue] = TypeAdapter(JsonValue)
 
 
 class TaskParams(Params):
-    task: str = Field(description="The name that the task is registered under.")
-    input: dict[str, Any] = Field({}, description="Its keyword arguments.")
+    task: str | None = Field(None, description="The name that the task is registered under. Either this or `function`.")
+    function: str | None = Field(
+        None, description="`module:function`, of a module that `FERRUM_IMPORTS` names on the workers, or inside one."
+    )
+    input: dict[str, Any] | list[Any] = Field({}, description="Its arguments, by name or as a list.")
 
     @field_validator("task")
     @classmethod
-    def _is_the_users(cls, name: str) -> str:
-        if name.startswith(("celery.", "ferrum.")):
+    def _is_the_users(cls, name: str | None) -> str | None:
+        if name is not None and name.startswith(("celery.", "ferrum.")):
             raise ValueError(f"{name!r} belongs to the platform; a task step runs a task of your own")
         return name
+
+    @field_validator("function")
+    @classmethod
+    def _is_an_address(cls, name: str | None) -> str | None:
+        if name is not None:
+            module, _, path = name.partition(":")
+            if not all(part.isidentifier() for part in (*module.split("."), *path.split("."))):
+                raise ValueError(f"{name!r} is no function: write module:function, as in shop.steps:fetch")
+        return name
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> TaskParams:
+        if (self.task is None) == (self.function is None):
+            raise ValueError("give either a 'task' or a 'function'")
+        return self
 
 
 class Task(StepType[TaskParams]):
@@ -31,22 +52,64 @@ class Task(StepType[TaskParams]):
     params = TaskParams
 
     def run(self, params: TaskParams, attempt: Attempt) -> Any:
-        from celery import current_app
-
-        known = current_app.tasks
-        if params.task not in known:
-            yours = [name for name in known if not name.startswith(("celery.", "ferrum."))]
-            hint = did_you_mean(params.task, yours)
-            raise StepError(
-                f"no task {params.task!r} is registered in this worker{hint}; name its module in FERRUM_IMPORTS"
-            )
+        name = params.task or params.function or ""
+        work = _task(name) if params.task is not None else _function(name)
         try:
-            result = known[params.task](**params.input)
+            result = work(*params.input) if isinstance(params.input, list) else work(**params.input)
         except StepError:
             raise
         except Exception as error:
-            raise _raised(params.task, error) from error
-        return _awaited(params.task, result) if isawaitable(result) else _checked(params.task, result)
+            raise _raised(name, error) from error
+        return _awaited(name, result) if isawaitable(result) else _checked(name, result)
+
+
+def _task(name: str) -> Callable[..., object]:
+    """The registered task of this name. Raises `StepError`."""
+    from celery import current_app
+
+    known = current_app.tasks
+    if name not in known:
+        yours = [one for one in known if not one.startswith(("celery.", "ferrum."))]
+        hint = did_you_mean(name, yours)
+        raise StepError(f"no task {name!r} is registered in this worker{hint}; name its module in FERRUM_IMPORTS")
+    task: Callable[..., object] = known[name]
+    return task
+
+
+def _function(name: str) -> Callable[..., object]:
+    """The function at this address. Raises `StepError`.
+
+    A workflow may come from anywhere, so it reaches nothing but what is defined in the modules that whoever runs the
+    worker named: not `os:system`, and not an `os` that one of those modules imported.
+    """
+    module, _, path = name.partition(":")
+    if not _is_named(module):
+        raise StepError(
+            f"this worker does not run {name!r}: it runs the functions of the modules in FERRUM_IMPORTS"
+            f" ({settings().imports or 'none'}); name {module!r} there"
+        )
+    try:
+        found: Any = import_module(module)
+    except ImportError as error:
+        raise StepError(f"this worker cannot import {module!r}: {error}") from error
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    # What `ferrum.primitives.step` made of it.
+    found = getattr(found, "__ferrum_function__", found)
+    if not isinstance(found, FunctionType):
+        raise StepError(f"there is no function {path!r} in {module!r}; a Celery task goes by its name, under 'task'")
+    if not _is_named(found.__module__):
+        raise StepError(
+            f"this worker does not run {name!r}: it is defined in {found.__module__!r}, which FERRUM_IMPORTS"
+            " does not name"
+        )
+    return found
+
+
+def _is_named(module: str) -> bool:
+    """Whether it is one of the modules in `FERRUM_IMPORTS`, or inside one."""
+    named = [name for part in settings().imports.split(",") if (name := part.strip())]
+    return any(module == name or module.startswith(f"{name}.") for name in named)
 
 
 async def _awaited(name: str, work: Awaitable[object]) -> JsonValue:

@@ -415,9 +415,12 @@ local function frame_ended(frame, here)
   frames.left = frames.left - 1
   if failed and not frames.failed then frames.failed = frame end
   local stop = failed and frames.ff == 1
-  if not stop and frames.next < frames.total then
-    begin_frame(label_of(parent, frames, frames.next))
-    frames.next = frames.next + 1
+  -- Many at once, so that their messages go in one round trip, but where there may be only few at a time.
+  local going = frames.next - frames.total + frames.left
+  if not stop and frames.window - going >= frames.chunk then
+    local last = math.min(frames.total, frames.next + frames.chunk)
+    for i = frames.next, last - 1 do begin_frame(label_of(parent, frames, i)) end
+    frames.next = last
   end
   if stop or frames.left == 0 then
     send(parent, wake(parent, state, stop and 'a part of it failed' or 'all of it ended'))
