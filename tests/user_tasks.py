@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
 from celery import shared_task
+from celery._state import _task_stack
 
 
 @shared_task(name="user.echo")
@@ -64,3 +67,65 @@ def sleep_once(path: str) -> int:
     while len(began) == 1:
         time.sleep(0.01)
     return len(set(began))
+
+
+def key() -> str:
+    """The idempotency key of the step that runs this task: the id of the step's own Celery task."""
+    return str(_task_stack.stack[-2].request.id)
+
+
+@shared_task(name="user.effect")
+def effect(log: str, text: str, fail: bool = False, stuck: str | None = None, late: bool = False) -> str:
+    """Leaves one line in `log`, once for its key however often it is tried.
+
+    The first try that finds no file at `stuck` makes it and goes no further, before its line or (`late`) after it.
+    """
+    if stuck is not None and not late:
+        _wait_for_ever_the_first_time(Path(stuck))
+    if fail:
+        raise RuntimeError(f"{text} cannot be done")
+    file = Path(log)
+    if not (file.exists() and f"{key()}\t" in file.read_text()):
+        with file.open("a") as lines:
+            lines.write(f"{key()}\t{text}\n")
+    if stuck is not None and late:
+        _wait_for_ever_the_first_time(Path(stuck))
+    return text
+
+
+def _wait_for_ever_the_first_time(path: Path) -> None:
+    if path.exists():
+        return
+    path.touch()
+    while True:
+        time.sleep(0.01)
+
+
+@shared_task(name="user.work")
+def work(values: Any = None, ms: int = 0, fail: bool = False, fail_tries: int = 0, fail_rounds: int = 0) -> int:
+    """A number that follows from `values`; a line in the file `$EFFECTS` for every time that it is run.
+
+    `fail_tries`: how often it fails before it does not, by the lines with its key. `fail_rounds`: the same for a step
+    of a block that is tried again, whose id says in which try it is.
+    """
+    with Path(os.environ["EFFECTS"]).open("a") as log:
+        log.write(f"{key()}\n")
+    time.sleep(ms / 1000)
+    if fail:
+        raise RuntimeError("it was told to fail")
+    if fail_tries and Path(os.environ["EFFECTS"]).read_text().splitlines().count(key()) <= fail_tries:
+        raise RuntimeError("it fails for now")
+    if fail_rounds and int(key().split(".")[-2]) <= fail_rounds:
+        raise RuntimeError("it fails in this try of its block")
+    return number_of(values)
+
+
+def number_of(values: Any) -> int:
+    """What `user.work` returns; the texts of errors, which may name any of several failed steps, are left out."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(one) for name, one in value.items() if name != "error"}
+        return [plain(one) for one in value] if isinstance(value, list) else value
+
+    return zlib.crc32(json.dumps(plain(values), sort_keys=True).encode()) % 1000
