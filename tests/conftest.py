@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import redis
 
 from ferrum.local.redis import PrivateRedis
+from ferrum.testing.environment import environment, flush, nothing_of_the_machine
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateRedis]:
-    """A private Redis that all tests of one process share, one after the other; the front door is on it."""
-    home = tmp_path_factory.mktemp("ferrum")
-    with PrivateRedis(home) as server, pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("FERRUM_")]:
-            patch.delenv(name)
-        patch.setenv("FERRUM_REDIS_URL", server.url)
-        patch.setenv("FERRUM_HOME", str(home))
-        patch.setenv("FERRUM_ARTIFACTS", f"file://{home / 'artifacts'}")
-        _forget_settings()
-        yield server
-        from ferrum.runs import record
-
-        record().close_connections()
-    _forget_settings()
-
-
-def _forget_settings() -> None:
-    from ferrum import runs, settings
-
-    for cached in (settings.settings, settings._secrets, runs.record, runs.artifacts):
-        cached.cache_clear()
+def redis_server(ferrum_redis_server: PrivateRedis) -> Iterator[PrivateRedis]:
+    """The plugin's private Redis, with the front door on it for all tests of one process."""
+    home = ferrum_redis_server.directory
+    changes = {
+        **nothing_of_the_machine(),
+        "FERRUM_REDIS_URL": ferrum_redis_server.url,
+        "FERRUM_HOME": str(home),
+        "FERRUM_ARTIFACTS": f"file://{home / 'artifacts'}",
+    }
+    with environment(changes):
+        yield ferrum_redis_server
 
 
 @pytest.fixture(scope="session")
@@ -48,8 +36,7 @@ def redis_url(redis_server: PrivateRedis) -> str:
 @pytest.fixture
 def clean_redis(redis_url: str) -> str:
     """The same URL, with nothing in it when the test begins."""
-    with redis.Redis.from_url(redis_url) as client:
-        client.flushall()
+    flush(redis_url)
     return redis_url
 
 
