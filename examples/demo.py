@@ -135,6 +135,7 @@ def run() -> int:
 
 
 def follow(here: Here, lines: Lines, run_id: str) -> int:
+    from ferrum.follow import ASKS
     from ferrum.results import RunStatus
     from ferrum.runs import show
 
@@ -143,7 +144,7 @@ def follow(here: Here, lines: Lines, run_id: str) -> int:
     for event in here.watch(run_id):
         events.append(event)
         lines.echo(event)
-        if isinstance(event, StepWaiting) and event.kind in ("approval", "ask"):
+        if isinstance(event, StepWaiting) and event.kind in ASKS:
             refused = not ask(event)
     view = show(run_id)
     echo_report(view, events)

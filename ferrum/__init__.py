@@ -1,7 +1,8 @@
 """ferrum runs AI agents in production, as durable workflows on Celery.
 
 `submit` starts a run and `wait` gives its outputs; `watch` shows it live; `decide`, `signal`, `cancel`, `resume`,
-`rerun` and `fork` are what people do to it; `register` keeps a workflow for others to use. Importing this is cheap: what is heavy is imported where it is used.
+`rerun` and `fork` are what people do to it; `register` keeps a workflow for others to use. Importing this is cheap:
+what is heavy is imported where it is used.
 """
 
 from __future__ import annotations
@@ -13,10 +14,8 @@ __version__ = "0.1.0"
 _DOORS = (
     *("approvals", "cancel", "decide", "fork", "register", "rerun", "resume", "signal", "submit", "wait", "watch"),
 )
-__all__ = [  # noqa: RUF022 - one list, and what is not a door
-    "Workflow", "approvals", "cancel", "decide", "fork", "register", "rerun", "resume", "signal", "submit", "wait",
-    "watch",
-]  # fmt: skip
+__all__ = ["Workflow", "approvals", "cancel", "decide", "fork", "register"]
+__all__ += ["rerun", "resume", "signal", "submit", "wait", "watch"]
 
 if TYPE_CHECKING:
     from ferrum.runs import approvals, cancel, decide, fork, register, rerun, resume, signal, submit, wait, watch

@@ -154,6 +154,8 @@ class StepTask(Task):  # type: ignore[misc] # Celery is untyped
         self._follow(outcome)
 
     def _follow(self, outcome: Outcome) -> None:
+        # Before anything is sent: what cannot be sent must be let go of, too.
+        self.request.ferrum_held = outcome.held
         self._send(outcome)
         if outcome.then is Then.WAIT:
             self.send_event("task-waiting")
@@ -161,7 +163,6 @@ class StepTask(Task):  # type: ignore[misc] # Celery is untyped
             raise Ignore
         if outcome.then is Then.RETURN:
             raise Reject("this worker is stopping", requeue=True)
-        self.request.ferrum_held = outcome.held
 
     def _send(self, outcome: Outcome) -> None:
         def plan_of(run_id: str) -> Plan:
@@ -195,11 +196,13 @@ for _type in step_types().values():
 
 
 @app.task(name="ferrum.run", bind=True, ignore_result=False, typing=False, send_events=True)  # type: ignore[untyped-decorator]
-def run(
+def run(  # noqa: PLR0917 - messages give them by name
     self: Any,
     workflow: dict[str, object] | None = None,
     input: dict[str, JsonValue] | None = None,
     key: str | None = None,
+    priority: int | None = None,
+    tenant: str | None = None,
     **unknown: object,
 ) -> Any:
     """Start a run; the result is `{"run_id": …}`, or `{"error": …}` for what cannot be started.
@@ -208,11 +211,14 @@ def run(
     """
     if workflow is None or unknown:
         what = "'workflow' is missing" if workflow is None else f"{', '.join(map(repr, unknown))} is not known"
-        return {"error": f"{what}: ferrum.run takes workflow, input and key, by name"}
+        return {"error": f"{what}: ferrum.run takes workflow, input, key, priority and tenant, by name"}
     executor = process.executor()
     try:
         plan = Plan.of(workflow)
-        run_id = start(app, executor.record, executor.artifacts, plan, input or {}, key=str(key or self.request.id))
+        run_id = start(
+            app, executor.record, executor.artifacts, plan, input or {}, key=str(key or self.request.id),
+            priority=priority, tenant=tenant,
+        )  # fmt: skip
     except AuthorError as error:
         return {"error": str(error)}
     return {"run_id": run_id}

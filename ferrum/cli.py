@@ -379,8 +379,9 @@ class Lines:
 def how_to_decide(event: Event) -> str | None:
     """What to type where an event says that a person is waited for."""
     from ferrum.events import StepWaiting
+    from ferrum.follow import ASKS
 
-    if not isinstance(event, StepWaiting) or event.kind == "retry":
+    if not isinstance(event, StepWaiting) or event.kind not in ASKS:
         return None
     return f"{'':>12}ferrum approvals approve {event.run_id} {event.step}   (or reject)"
 

@@ -41,6 +41,7 @@ class RunCreated(_Event):
     version: str
     #: sha256 of the plan.
     plan: str
+    tenant: str = "default"
     #: The run and the step that it is part of.
     parent: tuple[str, str] | None = None
     #: The run whose results it takes over, and how it came about: `rerun`, `resume` or `fork`.

@@ -544,6 +544,10 @@ class _Attempt:
     def spec(self) -> Step:
         return self._step.spec
 
+    @property
+    def own_label(self) -> str:
+        return "" if "" in self._step.bodies else str(self.number)
+
     def frame(self, label: str) -> Done:
         frame = f"{self.step_id}.{label}" if label else self.step_id
         body = self._step.bodies.get(label) or self._step.bodies["*"]

@@ -38,6 +38,9 @@ from ferrum.runs import RunView
 #: What a line about the run itself has where others have the step.
 RUN: Final = "run"
 
+#: What a step waits for where it waits for a person.
+ASKS: Final = ("approval", "ask")
+
 #: Longest text of a line, in characters: a line is for a glance, `ferrum runs show` has it whole.
 _LONGEST: Final = 160
 
@@ -134,8 +137,12 @@ def _waiting(event: StepWaiting) -> tuple[str, str, str]:
         again = f", again in {duration(event.wakes_in)}" if event.wakes_in is not None else ""
         return "↻", f"try {event.attempt}  {one_line(event.error or '', 120)}{again}", "waits"
     until = f" for at most {duration(event.wakes_in)}" if event.wakes_in is not None else ""
-    asked = event.message.strip().partition("\n")[0]
-    return "⏸", f"waiting for a person{until}: {asked}", "waits"
+    said = event.message.strip().partition("\n")[0]
+    if event.kind in ASKS:
+        return "⏸", f"waiting for a person{until}: {said}", "waits"
+    if event.kind == "children":
+        return "▾", said, "quiet"
+    return "⏸", f"waits {said}" if event.kind != "limit" else f"waits for its turn, {said}", "waits"
 
 
 def _answered(event: ApprovalDecided) -> tuple[str, str, str]:

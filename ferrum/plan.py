@@ -293,7 +293,7 @@ class Plan:
         )
 
     def new_run(
-        self, run_id: str, key: str | None, given: str, *, priority: int | None = None,
+        self, run_id: str, key: str | None, given: str, *, priority: int | None = None, tenant: str | None = None,
         parent: tuple[str, str] | None = None, origin: tuple[str, str] | None = None,
     ) -> NewRun:  # fmt: skip
         """What the record needs to begin a run of this plan; `given` is the envelope of its input."""
@@ -317,6 +317,7 @@ class Plan:
             keep_s=settings().keep_runs,
             lane=LANES - 1 - (workflow.priority if priority is None else priority),
             deadline_s=workflow.deadline,
+            tenant=tenant or settings().tenant,
             parent=parent,
             origin=origin,
         )
@@ -565,11 +566,12 @@ class _Compiler:
         bodies: dict[str, Body] = {}
         scope = place.scope
         if spec.type == "block":
-            tries = spec.retry.max_attempts if spec.retry else 1
-            frame = f"{id}.*" if tries > 1 else id
-            bodies["*" if tries > 1 else ""] = self.body(
+            # What is inside has no number of its own unless there are several tries, or the block is a frame itself.
+            numbered = id in self.bodies or (spec.retry is not None and spec.retry.max_attempts > 1)
+            frame = f"{id}.*" if numbered else id
+            bodies["*" if numbered else ""] = self.body(
                 frame, spec.steps, scope, (), output=spec.params.get("output"), undoing=place.undoing,
-                nameless=tries == 1,
+                nameless=not numbered,
             )  # fmt: skip
         inner = {**dict(zip(labels(spec.cases).values(), spec.cases.values(), strict=True)), **spec.among}
         if spec.default is not None:
@@ -870,18 +872,25 @@ def _row(plan: Plan, step: PlannedStep, depth: int) -> Iterator[tuple[str, str, 
 
 
 def _about(step: PlannedStep) -> Iterator[str]:
+    spec = step.spec
     if step.needs:
         yield f"after {', '.join(step.needs)}"
     if step.when:
-        yield f"when {step.spec.when}"
-    if step.until is not None and step.spec.repeat is not None:
-        yield f"until {step.spec.repeat.until}, at most {step.spec.repeat.max} rounds"
-    if step.type.name == "for_each":
-        yield f"{step.spec.max_parallel} at a time" if step.spec.max_parallel else ""
+        yield f"when {spec.when}"
+    if step.until is not None and spec.repeat is not None:
+        yield f"until {spec.repeat.until}, at most {spec.repeat.max} rounds"
+    elif step.type.name == "for_each":
+        at_a_time = f", {spec.max_parallel} at a time" if spec.max_parallel else ""
+        yield f"over {_short(spec.for_each)}{at_a_time}"
+    elif step.type.name in _TOLD:
+        told = [f"{name} {_short(spec.params[name])}" for name in _TOLD[step.type.name] if name in spec.params]
+        yield ", ".join(told)
     if step.retry.max_attempts > 1:
         yield f"up to {step.retry.max_attempts} tries"
+    if step.timeout_s is not None:
+        yield f"for at most {step.timeout_s:g} s" + (" each" if step.retry.max_attempts > 1 else "")
     if step.deadline_s is not None:
-        yield f"within {step.deadline_s:g} s"
+        yield f"within {step.deadline_s:g} s in all"
     if step.tolerated:
         yield "may fail"
     if step.cache is not None:
@@ -890,6 +899,20 @@ def _about(step: PlannedStep) -> Iterator[str]:
         limit = getattr(step.spec, name) if step.limits else None
         if limit is not None:
             yield f"{name} {limit.limit} of {limit.key}"
+
+
+#: Parameters that say what becomes of a plan's shape.
+_TOLD: Final[Mapping[str, tuple[str, ...]]] = {
+    "switch": ("value",),
+    "router": ("by",),
+    "wait": ("for", "until", "signal"),
+    "workflow": ("name", "version"),
+}
+
+
+def _short(value: JsonValue) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def edges(plan: Plan) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

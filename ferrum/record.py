@@ -18,6 +18,7 @@ Keys, all under `ferrum:{pNN}` where NN is the run's partition:
     :marks          hash    per queue and lane, when the youngest claimed step had become ready
     :runs           sorted set of runs, by creation
     :live           set of the runs that have not ended
+    :tenants        hash    how many of them each tenant has
     :key:<key>      the run that an idempotency key started
 """
 
@@ -251,6 +252,8 @@ class NewRun:
     #: 0 is served first.
     lane: int = 4
     deadline_s: float | None = None
+    #: Whose run it is: those who have few runs are served before those who have many.
+    tenant: str = "default"
     #: The run and the step that it is part of.
     parent: tuple[str, str] | None = None
     #: The run whose results it takes over, and how: it begins by `begin`, not at once.
@@ -481,6 +484,7 @@ class Record(Connection):
         deadline = str(round(run.deadline_s * 1000)) if run.deadline_s is not None else ""
         parent = " ".join(run.parent) if run.parent else ""
         made: dict[str, object] = {"workflow": run.workflow, "version": run.version, "plan": run.plan}
+        made["tenant"] = run.tenant
         if run.parent:
             made["parent"] = run.parent
         if run.origin:
@@ -489,7 +493,7 @@ class Record(Connection):
         keep_ms = round(run.keep_s * 1000)
         arguments: list[str | int] = [
             run.run_id, run.key or "", KEY_LIFE_S * 1000, run.plan, keep_ms, limits, wall, int(run.has_outputs),
-            run.steps, run.input, created, run.lane, deadline, parent, MAX_DEPTH, int(not run.origin),
+            run.steps, run.input, created, run.lane, deadline, parent, MAX_DEPTH, int(not run.origin), run.tenant,
             *(text for root in run.roots for text in root),
         ]  # fmt: skip
         reply = self._run("create", run.run_id, *arguments)

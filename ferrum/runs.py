@@ -9,10 +9,10 @@ from os import PathLike
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from ferrum.artifacts import Artifacts, Kept
-from ferrum.errors import Conflict, FerrumError, InputError, NotFound, Problem, WorkflowError, did_you_mean
+from ferrum.errors import Conflict, FerrumError, NotFound, Problem, WorkflowError, did_you_mean
 from ferrum.events import Event, RunState
 from ferrum.plan import Plan
-from ferrum.record import LANES, Asked, Record, Resend, Verdict, follow, new_run_id
+from ferrum.record import Asked, Record, Resend, Verdict, follow, new_run_id
 from ferrum.results import RunStatus, StepResult, StepStatus, Usage
 from ferrum.sending import send, start
 from ferrum.settings import settings
@@ -86,18 +86,19 @@ def submit(
     *,
     key: str | None = None,
     priority: int | None = None,
+    tenant: str | None = None,
 ) -> str:
     """Start a run and return its id at once.
 
     `workflow` is a value, a mapping, or a file's path. It is planned before anything is sent, so a mistake raises
     `WorkflowError` or `InputError` here and not in a worker. The same `key` within 24 h returns the run that it started
     first. `priority`, 0 to 9, is used instead of the workflow's; 9 is most urgent.
+    `tenant` is whose run it is, else `FERRUM_TENANT`: who has few runs is served before who has many.
     """
     from ferrum.celery import app
 
-    if priority is not None and priority not in range(LANES):
-        raise InputError(f"a priority is a whole number from 0 to {LANES - 1}, not {priority!r}")
-    return start(app, record(), artifacts(), _planned(workflow), input or {}, key=key, priority=priority)
+    plan = _planned(workflow)
+    return start(app, record(), artifacts(), plan, input or {}, key=key, priority=priority, tenant=tenant)
 
 
 def _planned(source: Workflow | Mapping[str, object] | str | PathLike[str]) -> Plan:

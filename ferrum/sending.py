@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from ferrum.artifacts import Artifacts
+from ferrum.errors import InputError
 from ferrum.plan import Plan
-from ferrum.record import Record, Resend, new_run_id
+from ferrum.record import LANES, Record, Resend, new_run_id
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
 
 def start(
     app: Celery, to: Record, store: Artifacts, plan: Plan, given: Mapping[str, JsonValue], *, key: str | None,
-    priority: int | None = None,
+    priority: int | None = None, tenant: str | None = None,
 ) -> str:  # fmt: skip
     """Begin a run of this plan through these; raises `InputError`. `priority` is used instead of the workflow's."""
+    if priority is not None and (isinstance(priority, bool) or priority not in range(LANES)):
+        raise InputError(f"a priority is a whole number from 0 to {LANES - 1}, not {priority!r}")
     checked = plan.workflow.check_input(given)
     run_id = new_run_id(key)
-    run = plan.new_run(run_id, key, store.keep(checked).dumps(), priority=priority)
+    run = plan.new_run(run_id, key, store.keep(checked).dumps(), priority=priority, tenant=tenant)
     began = to.create(run)
     # Another run means that this key was used before. Otherwise the record is there before the first message leaves:
     # a quick worker may claim a step before `send` has returned.

@@ -54,6 +54,9 @@ class Settings(BaseModel):
         None, description="Model of `llm` steps that name none; else from the provider's key that is set."
     )
     prices: Path | None = Field(None, description="Price file: model to US dollars per million tokens, and aliases.")
+    tenant: str = Field(
+        "default", min_length=1, max_length=100, description="Whose runs this process starts, unless it is said."
+    )
     imports: str = Field("", description="Modules with your own Celery tasks, comma separated.")
     lease: float = Field(8.0, ge=1, description="A step whose worker was silent this long is given to another.")
     heartbeat: float = Field(0.5, gt=0, description="How often a worker renews its leases and hears of cancelled runs.")

@@ -100,6 +100,11 @@ class Composed(Attempt, Protocol):
         """What the author wrote."""
         ...
 
+    @property
+    def own_label(self) -> str:
+        """The label of the frame that this try of a block has: its number, or none."""
+        ...
+
     def frame(self, label: str) -> Done:
         """What its frame with this label came to."""
         ...
@@ -153,8 +158,8 @@ class Inside(Exception):
     """Raised by a composed step to let frames run inside it; it is run again when they have ended."""
 
     def __init__(
-        self, message: str, *, label: str | None = None, items: Sequence[JsonValue] = (), window: int = 1, chunk: int = 1,
-        fail_fast: bool = False, memory: JsonValue = None, wake_in_s: float | None = None,
+        self, message: str, *, label: str | None = None, items: Sequence[JsonValue] = (), window: int = 1,
+        chunk: int = 1, fail_fast: bool = False, memory: JsonValue = None, wake_in_s: float | None = None,
     ) -> None:  # fmt: skip
         """One frame called `label`, given the only item, if any; or one for each of `items`, numbered from 0.
 

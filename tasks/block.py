@@ -20,8 +20,7 @@ class Block(StepType[BlockParams]):
 
     def run(self, params: BlockParams, attempt: Attempt) -> JsonValue:
         whole: Composed = attempt  # type: ignore[assignment] # composed types are given one
-        tries = whole.spec.retry.max_attempts if whole.spec.retry else 1
-        label = str(attempt.number) if tries > 1 else ""
+        label = whole.own_label
         if whole.memory is None:
             count = len(whole.spec.steps)
             raise Inside(f"{count} steps", label=label, memory={"label": label}, wake_in_s=attempt.timeout_s)

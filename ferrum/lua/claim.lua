@@ -44,12 +44,12 @@ for i = 1, #here.n do
   if need.s == 'skipped' then skipped = skipped + 1 end
 end
 
-local ready = ready_key(here.q)
+local ready = ready_key(here.q, step)
 local waited = redis.call('ZSCORE', ready, member(step))
 if waited then
   redis.call('ZREM', ready, member(step))
-  local mark = redis.call('HGET', marks_key, in_lane(here.q))
-  if not mark or tonumber(waited) > tonumber(mark) then redis.call('HSET', marks_key, in_lane(here.q), waited) end
+  local mark = redis.call('HGET', marks_key, in_lane(here.q, step))
+  if not mark or tonumber(waited) > tonumber(mark) then redis.call('HSET', marks_key, in_lane(here.q, step), waited) end
 end
 if status == 'queued' then
   redis.call('HSET', run_key, 'status', 'running', 'started', number(now))

@@ -1,8 +1,9 @@
 -- ARGV: run, key ('' for none), key's life in ms, plan digest, keep ms, limits JSON ('' for none), wall ms ('' for
 -- none), outputs ('1' or '0'), steps, input envelope, created data JSON, lane (its parent's, if any), deadline ms ('' for none), parent
--- ('run step', '' for none), most runs inside each other, begin ('1', or '0': another script begins it), then (root, queue, deadline ms)…
+-- ('run step', '' for none), most runs inside each other, begin ('1', or '0': another script begins it), tenant, then (root, queue, deadline ms)…
 -- Returns {'new'}, {'old', run} for a key that was used, {'deep'}, {'gone'} when the parent has ended, or {'plan'} when
 -- the plan must be stored first.
+local MANY = 8
 local key = ARGV[2]
 plan_key = base .. ':plan:' .. ARGV[4]
 if redis.call('EXISTS', run_key) == 1 then return { 'old', run_id } end
@@ -11,7 +12,7 @@ if key ~= '' then
   if first then return { 'old', first } end
 end
 if redis.call('HEXISTS', plan_key, ' doc') == 0 then return { 'plan' } end
-local depth, of_run = 1, ARGV[12]
+local depth, of_run = 1, tonumber(ARGV[12])
 if ARGV[14] ~= '' then
   local above = base .. ':run:' .. string.match(ARGV[14], '^%S+')
   local status, deep
@@ -20,6 +21,8 @@ if ARGV[14] ~= '' then
   depth = (deep or 1) + 1
   if depth > tonumber(ARGV[15]) then return { 'deep' } end
 end
+-- Who has many runs here waits behind those who have few.
+if ARGV[14] == '' and redis.call('HINCRBY', tenants_key, ARGV[17], 1) > MANY then of_run = behind(of_run) end
 if key ~= '' then redis.call('SET', base .. ':key:' .. key, run_id, 'PX', ARGV[3]) end
 redis.call('HINCRBY', plan_key, ' refs', 1)
 redis.call('PERSIST', plan_key)
@@ -28,12 +31,16 @@ redis.call('HSET', run_key, 'status', 'queued', 'plan', ARGV[4], 'keep', ARGV[5]
 if ARGV[6] ~= '' then redis.call('HSET', run_key, 'limits', ARGV[6]) end
 if ARGV[7] ~= '' then redis.call('HSET', run_key, 'wall', ARGV[7]) end
 if ARGV[13] ~= '' then redis.call('ZADD', timers_key, number(now + ARGV[13]), member('!deadline')) end
-if ARGV[14] ~= '' then redis.call('HSET', run_key, 'up', ARGV[14], 'depth', depth) end
+if ARGV[14] ~= '' then
+  redis.call('HSET', run_key, 'up', ARGV[14], 'depth', depth)
+else
+  redis.call('HSET', run_key, 'tenant', ARGV[17])
+end
 redis.call('HSET', run_key, 'input', emit('run.created', '', ARGV[11], ARGV[10]))
 redis.call('ZADD', runs_key, number(now), run_id)
 redis.call('SADD', base .. ':live', run_id)
 if ARGV[16] == '1' then
-  for i = 17, #ARGV, 3 do make_ready(ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])) end
+  for i = 18, #ARGV, 3 do make_ready(ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])) end
   tell_counts()
 else
   -- Should whoever began it die before the rest is there.

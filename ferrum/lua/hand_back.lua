@@ -11,6 +11,6 @@ state.s = 'pending'
 save(step, state)
 redis.call('ZREM', leases_key, member(step) .. ' ' .. token)
 -- Active it was and is.
-redis.call('ZADD', ready_key(here.q), number(now), member(step))
+redis.call('ZADD', ready_key(here.q, step), number(now), member(step))
 emit('step.lost', step, ARGV[5])
 return { 'ok' }

@@ -24,6 +24,7 @@ local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 
 local leases_key, timers_key = base .. ':leases', base .. ':timers'
+local tenants_key = base .. ':tenants'
 local marks_key, asks_key, runs_key = base .. ':marks', base .. ':asks', base .. ':runs'
 local run_key, steps_key, events_key, parked_key, open_key, undo_key
 local plan_key, lane, active, asking
@@ -49,11 +50,20 @@ local ROWS = {
 
 local function number(value) return string.format('%d', value) end
 local function member(step) return run_id .. ' ' .. step end
-local function in_lane(queue)
-  lane = lane or redis.call('HGET', run_key, 'lane')
-  return queue .. ':' .. lane
+
+-- Of a wide fan-out only the first items are served as its run is, so that a run of ten steps beside it is not last.
+-- The lane follows from the step's id: whoever asks gets the same answer.
+local FIRST, BEHIND, LAST = 100, 5, 9
+local function behind(of) return math.min(LAST, of + BEHIND) end
+local function lane_of(step)
+  lane = lane or tonumber(redis.call('HGET', run_key, 'lane'))
+  for part in string.gmatch(step, '%.(%d+)') do
+    if tonumber(part) >= FIRST then return behind(lane) end
+  end
+  return lane
 end
-local function ready_key(queue) return base .. ':ready:' .. in_lane(queue) end
+local function in_lane(queue, step) return queue .. ':' .. number(lane_of(step)) end
+local function ready_key(queue, step) return base .. ':ready:' .. in_lane(queue, step) end
 
 -- Whether this step may still do something: its run goes on, or it undoes something of one that ends.
 local function live(here)
@@ -123,8 +133,7 @@ local function send(step, how)
   sends[#sends + 1] = run_id
   sends[#sends + 1] = step
   sends[#sends + 1] = how
-  lane = lane or redis.call('HGET', run_key, 'lane')
-  sends[#sends + 1] = lane
+  sends[#sends + 1] = lane_of(step)
 end
 
 -- The clock of `wall_time` runs while anything may go on, and stops while only people are waited for.
@@ -193,7 +202,8 @@ local function really_end(status, data, output)
   tell_counts()
   emit('run.ended', '', data, output)
   redis.call('SREM', base .. ':live', run_id)
-  local keep, up = unpack(redis.call('HMGET', run_key, 'keep', 'up'))
+  local keep, up, tenant = unpack(redis.call('HMGET', run_key, 'keep', 'up', 'tenant'))
+  if tenant and redis.call('HINCRBY', tenants_key, tenant, -1) <= 0 then redis.call('HDEL', tenants_key, tenant) end
   for _, key in ipairs({ run_key, steps_key, events_key, parked_key, open_key, undo_key }) do
     redis.call('PEXPIRE', key, keep)
   end
@@ -213,7 +223,7 @@ local function really_end(status, data, output)
 end
 
 local function make_ready(step, queue, deadline)
-  redis.call('ZADD', ready_key(queue), number(now), member(step))
+  redis.call('ZADD', ready_key(queue, step), number(now), member(step))
   active = active + 1
   if deadline and deadline > 0 then
     redis.call('ZADD', timers_key, number(now + deadline), member(step .. '!d'))
@@ -340,7 +350,7 @@ local function advance(step, here, state, again)
     local name, needs, canvas, queue, segment = prefix .. edge[1], edge[2], edge[3], edge[4], edge[5]
     local is_ready
     if again then
-      is_ready = redis.call('ZSCORE', ready_key(queue), member(name))
+      is_ready = redis.call('ZSCORE', ready_key(queue, name), member(name))
     else
       is_ready = needs == 1 or redis.call('HINCRBY', steps_key, 'n:' .. name, 1) == needs
       if is_ready then
@@ -353,9 +363,9 @@ local function advance(step, here, state, again)
         if not begun[segment] then send(name, 'head') end
         begun[segment] = true
       elseif state.d or (needs > 1 and redis.call('HEXISTS', steps_key, 'x:' .. prefix .. segment) == 1) then
-        local behind = load(name)
-        detach(name, behind, { u = here.u, g = segment })
-        save(name, behind)
+        local after = load(name)
+        detach(name, after, { u = here.u, g = segment })
+        save(name, after)
         send(name, '')
       end
     end
@@ -443,7 +453,7 @@ local function withdraw(step, state, here)
         if live() then end_run('cancelled', '{"status":"cancelled","reason":"the step that it is part of ended"}') end
       end)
     end
-  elseif redis.call('ZREM', ready_key(here.q), member(step)) == 1 then
+  elseif redis.call('ZREM', ready_key(here.q, step), member(step)) == 1 then
     active = active - 1
   end
   redis.call('ZREM', timers_key, member(step .. '!d'))

@@ -10,7 +10,7 @@ for _, step in ipairs(redis.call('HKEYS', plan_key)) do
 end
 for _, step in ipairs(steps) do
   local state, here = load(step), node(step)
-  if state.s == 'pending' and redis.call('ZSCORE', ready_key(here.q), member(step)) then
+  if state.s == 'pending' and redis.call('ZSCORE', ready_key(here.q, step), member(step)) then
     detach(step, state, here)
     save(step, state)
     send(step, '')

@@ -71,7 +71,7 @@ local function lose(step, here, state)
   state.s, state.k = 'pending', nil
   detach(step, state, here)
   save(step, state)
-  redis.call('ZADD', ready_key(here.q), number(now), member(step))
+  redis.call('ZADD', ready_key(here.q, step), number(now), member(step))
   send(step, '')
 end
 
