@@ -288,14 +288,14 @@ class Executor:
         # Compiled once, though a wide run brings it to every thread at the same moment.
         with self._compiling:
             if digest not in self._plans:
-                self.remember(Plan.loads(self.record.plan_document(run_id, digest)))
+                self.remember(Plan.loads(self.record.plan_document(run_id, digest)), digest)
             return self._plans[digest]
 
-    def remember(self, plan: Plan) -> Plan:
-        """Keep a plan that steps of this process will soon ask for."""
+    def remember(self, plan: Plan, digest: str | None = None) -> Plan:
+        """Keep a plan that steps of this process will soon ask for; another ferrum may have given it another digest."""
         if len(self._plans) >= _PLANS_KEPT:
             self._plans.pop(next(iter(self._plans)), None)
-        return self._plans.setdefault(plan.digest, plan)
+        return self._plans.setdefault(digest or plan.digest, plan)
 
     def _claimed(self, held: Held, claim: Claimed, signature: Callable[[], str]) -> Outcome:
         hold = self.holds.add(held)

@@ -82,6 +82,11 @@ class Fleet:
             ferrum.runs.record().gone(name)
 
 
+def lane(queue: str, number: int = 4) -> str:
+    """The list that a lane of a queue is, as kombu names it; the one where a workflow says nothing of its priority."""
+    return f"{queue}\x06\x16{number}" if number else queue
+
+
 def eventually(check: Callable[[], T], timeout_s: float = 30, every_s: float = 0.05) -> T:
     """What `check` returns once it is true."""
     deadline = time.monotonic() + timeout_s

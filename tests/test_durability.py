@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import redis
 import twice
-from fleet import Fleet, assert_events_agree, effects, ended, eventually, happened, lines
+from fleet import Fleet, assert_events_agree, effects, ended, eventually, happened, lane, lines
 
 import ferrum
 from ferrum.artifacts import Kept
@@ -224,7 +224,7 @@ def test_messages_that_redis_loses_are_sent_again(fleet: Fleet, redis_url: str, 
     with redis.Redis.from_url(redis_url, decode_responses=True) as client, somebody_who_says_yes():
         runs = [ferrum.submit(six_steps()) for _ in range(8)]
         while len(stolen) < 15 and not all_ended(runs):
-            if found := client.brpop(["ferrum.tool", "ferrum.approval"], timeout=0.2):
+            if found := client.brpop([lane("ferrum.tool"), lane("ferrum.approval")], timeout=0.2):
                 stolen.append(found[0])
         eventually(lambda: all_ended(runs))
     assert stolen, "nothing was lost: the test proved nothing"
@@ -252,8 +252,8 @@ def test_a_chain_and_a_chord_go_on_after_their_message_was_lost(fleet: Fleet, re
     run_id = ferrum.submit({"name": "x", "steps": steps, "outputs": {"r": "{{ end }}"}})
     with redis.Redis.from_url(redis_url) as client:
         # Nobody takes tools yet: the message that the canvas sent is the one that is taken away.
-        eventually(lambda: client.lpop("ferrum.tool"))
-        eventually(lambda: client.llen("ferrum.tool"))
+        eventually(lambda: client.lpop(lane("ferrum.tool")))
+        eventually(lambda: client.llen(lane("ferrum.tool")))
         fleet.start("-Q", "ferrum.tool", FERRUM_RESEND_AFTER="1", FERRUM_SWEEP="0.1")
         assert ferrum.wait(run_id, timeout_s=30) == {"r": ["l", "right"]}
     assert lines(log) == [f"{run_id}.lost", f"{run_id}.right"]
@@ -265,7 +265,7 @@ def test_what_follows_a_step_is_sent_though_its_worker_died_before_it_could(flee
     steps = {"a": echo(1), "b": echo(2, needs=["a"]), "c": echo(3, needs=["a"]), "d": echo(4, needs=["b", "c"])}
     run_id = ferrum.submit({"name": "x", "steps": steps})
     with redis.Redis.from_url(redis_url) as client:
-        assert client.delete("ferrum.task") == 1
+        assert client.delete(lane("ferrum.task")) == 1
     held = Held(run_id, "a", "dead:1:x#0")
     assert isinstance(record().claim(held, "dead:1:x", lease_s=1), Claimed)
     record().finish(
@@ -298,11 +298,11 @@ def test_the_record_answers_the_same_when_it_is_asked_again(clean_redis: str) ->
 def test_a_step_that_kills_its_worker_again_and_again_is_given_up(fleet: Fleet, redis_url: str) -> None:
     run_id = ferrum.submit({"name": "x", "steps": {"a": echo(1), "b": echo(2, needs=["a"]), "c": echo(3)}})
     with redis.Redis.from_url(redis_url) as client:
-        client.delete("ferrum.task")
+        client.delete(lane("ferrum.task"))
     for number in range(MAX_LOST + 1):
         held = Held(run_id, "a", f"dead:1:x#{number}")
         eventually(lambda held=held: isinstance(record().claim(held, "dead:1:x", lease_s=0.01), Claimed))
-        eventually(lambda: record().sweep({}, resend_after_s=60, reap=True))
+        eventually(lambda: record().sweep({}, resend_after_s=60, reap=True).sends)
     fleet.start(FERRUM_RESEND_AFTER="1")
     run = ended(run_id)
     assert (run.status, run.reason) == (RunStatus.FAILED, "'a' failed")

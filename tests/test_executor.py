@@ -25,7 +25,7 @@ from ferrum.governance.acts import Act, ModelCall, ToolCall
 from ferrum.governance.budget import Limits
 from ferrum.governance.policy import Policy
 from ferrum.loop import LoopThread
-from ferrum.record import Ended, Held, Record, Resend, Verdict
+from ferrum.record import Held, Record, Resend, Verdict
 from ferrum.results import RunStatus, StepStatus, Usage
 from ferrum.steps import Attempt, Params, StepType, step_types
 from ferrum.testing.actors import Done, ScriptedActors

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import redis
+from fleet import lane
 
 import ferrum
 from ferrum import runs
@@ -39,10 +40,8 @@ class Queue:
 
     def take(self) -> list[str]:
         """The steps whose messages are there, oldest first; they are gone after that."""
-        # The lane of a workflow that says nothing of its priority, as kombu names it.
-        lane = "ferrum.task\x06\x164"
-        messages: Any = self.client.lrange(lane, 0, -1)
-        self.client.delete(lane)
+        messages: Any = self.client.lrange(lane("ferrum.task"), 0, -1)
+        self.client.delete(lane("ferrum.task"))
         return [json.loads(message)["headers"]["id"].partition(".")[2] for message in reversed(messages)]
 
 

@@ -14,7 +14,7 @@ from by_hand import ByHand
 from fleet import eventually
 
 from ferrum.artifacts import Artifacts
-from ferrum.executor import Executor, Holds
+from ferrum.executor import Executor, Holds, Shared
 from ferrum.governance.policy import Policy
 from ferrum.local.redis import PrivateRedis
 from ferrum.loop import LoopThread
@@ -37,7 +37,7 @@ def test_no_answer_of_redis_ends_the_pulse(record: Record, redis_url: str) -> No
     run.begin("a")
     holds = Holds()
     holds.add(run.held["a"])
-    pulse = Pulse(record, holds, every_s=60, lease_s=60)
+    pulse = Pulse(record, holds, Shared.of(record), every_s=60, lease_s=60)
     leases = f"{base_of(run.run_id)}:leases"
     with redis.Redis.from_url(redis_url) as client:
         client.rename(leases, f"{leases}:aside")
