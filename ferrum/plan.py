@@ -544,7 +544,7 @@ class _Compiler:
         scope = {**place.scope, spec.item: _Bound("item", here), spec.index: _Bound("number", here)}
         body = self._inside(frame, spec, scope, place, _Layer.REPEAT)
         params: dict[str, JsonValue] = {
-            "items": spec.for_each,
+            "for_each": spec.for_each,
             "max_parallel": spec.max_parallel,
             "on_error": "collect" if spec.on_error == "collect" else "fail_fast",
         }

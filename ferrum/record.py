@@ -31,23 +31,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from hashlib import sha1
-from importlib import resources
 from typing import Any, TypeVar, cast
 from zlib import crc32
 
-import redis
 from pydantic import JsonValue
-from redis.backoff import NoBackoff
 from redis.client import Pipeline
-from redis.retry import Retry
 from ulid import ULID
 
-from ferrum.errors import Conflict, NotFound, Unavailable, did_you_mean
+from ferrum.errors import Conflict, NotFound, did_you_mean
 from ferrum.events import Event, RunEnded, RunState, fold, read
 from ferrum.governance.budget import counters
 from ferrum.results import RunStatus, StepStatus, Usage
-from ferrum.scripts import Scripts
+from ferrum.scripts import Connection, Scripts
 
 #: Fixed: a run's partition is part of its id, and every process must agree on it.
 PARTITIONS = 16
@@ -69,13 +64,6 @@ LANES = 10
 #: How long one blocking read waits; a run that is gone is noticed this late.
 _BLOCK_S = 2.0
 
-#: Redis is away, full, or for the moment not the one that takes writes: each passes.
-_NOT_NOW = (
-    redis.exceptions.ConnectionError,
-    redis.exceptions.TimeoutError,
-    redis.exceptions.OutOfMemoryError,
-    redis.exceptions.ReadOnlyError,
-)
 
 #: Field of a registered workflow that names its newest version.
 _NEWEST = " newest"
@@ -112,6 +100,9 @@ def base_of(run_id: str) -> str:
 @cache
 def _base(partition: int) -> str:
     return f"ferrum:{{p{partition:02}}}"
+
+
+_PARTITIONS = tuple(_base(partition) for partition in range(PARTITIONS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,20 +386,6 @@ class TooDeep(Exception):
     """The run would be inside of too many others."""
 
 
-class Script:
-    """One Lua script, of these files one after the other."""
-
-    def __init__(self, *names: str) -> None:
-        room = resources.files("ferrum") / "lua"
-        self.text = "".join((room / f"{name}.lua").read_text() for name in names)
-        self.sha = sha1(self.text.encode(), usedforsecurity=False).hexdigest()
-
-
-@cache
-def _script(name: str) -> Script:
-    return Script("lib", name)
-
-
 def _wire(usage: Usage) -> dict[str, int]:
     """Usage as the scripts add it up, zeros left out."""
     return {name: amount for name, amount in counters(usage).items() if amount}
@@ -416,53 +393,6 @@ def _wire(usage: Usage) -> dict[str, int]:
 
 def _dumps(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-
-
-class Connection:
-    """One Redis client, its scripts, and patience with a Redis that is away. Safe to share between threads."""
-
-    def __init__(self, url: str, *, patience_s: float = 5.0, connections: int = 256) -> None:
-        """`patience_s`: how long a call outlasts a Redis that is away before it raises `Unavailable`."""
-        self._redis = redis.Redis.from_url(
-            url, decode_responses=True, retry=Retry(NoBackoff(), 0), max_connections=connections, socket_timeout=30
-        )
-        self._patience_s = patience_s
-
-    def scripts(self) -> Scripts:
-        """The scripts of what all runs share, through the same client."""
-        return Scripts(self._redis, self._patience_s)
-
-    def close_connections(self) -> None:
-        self._redis.close()
-        self._redis.connection_pool.disconnect()
-
-    def _evaluate(self, script: Script, base: str, *arguments: str | int) -> list[Any]:
-        def once() -> list[Any]:
-            try:
-                return cast("list[Any]", self._redis.evalsha(script.sha, 1, base, *arguments))
-            except redis.exceptions.NoScriptError:
-                return cast("list[Any]", self._redis.eval(script.text, 1, base, *arguments))
-
-        return self._patiently(once)
-
-    def _at_once(self, fill: Callable[[Pipeline], None], *, transaction: bool = False) -> list[Any]:
-        """The replies to several commands. A pipeline that was executed is empty, so a new one is filled each time."""
-        pipe = self._redis.pipeline(transaction=transaction)
-        fill(pipe)
-        return pipe.execute()
-
-    def _patiently(self, call: Callable[[], _T]) -> _T:
-        deadline = 0.0
-        while True:
-            try:
-                return call()
-            except _NOT_NOW as error:
-                deadline = deadline or time.monotonic() + self._patience_s
-                if time.monotonic() >= deadline:
-                    raise Unavailable(
-                        f"Redis does not answer ({type(error).__name__}); is it running, and not full?"
-                    ) from error
-                time.sleep(random.uniform(0.05, 0.25))  # noqa: S311
 
 
 class Record(Connection):
@@ -706,17 +636,8 @@ class Record(Connection):
         """
         names = [text for (queue, lane), empty in queues.items() for text in (queue, str(lane), str(int(empty)))]
         arguments: list[str | int] = ["", int(reap), round(resend_after_s * 1000), MAX_LOST, SWEEP_BATCH, *names]
-        script = _script("sweep")
-
-        def ask(pipe: Pipeline) -> None:
-            for partition in range(PARTITIONS):
-                pipe.evalsha(script.sha, 1, _base(partition), *arguments)
-
-        try:
-            replies = self._at_once(ask)
-        except redis.exceptions.NoScriptError:
-            self._redis.script_load(script.text)
-            replies = self._at_once(ask)
+        # Not patiently: when Redis was away, whose leases ran out is to be thought over first.
+        replies = Scripts(self._redis, 0, folder="").eval_each("sweep", _PARTITIONS, *arguments)
         waits = [int(flat[-1]) / 1000 for flat in replies if flat[-1] != ""]
         return Swept(tuple(one for flat in replies for one in _sends(flat[:-1])), min(waits, default=None))
 
@@ -970,7 +891,7 @@ class Record(Connection):
         return self._eval(name, base_of(run_id), *arguments)
 
     def _eval(self, name: str, base: str, *arguments: str | int) -> list[Any]:
-        return self._evaluate(_script(name), base, *arguments)
+        return cast("list[Any]", self._scripts.eval(name, base, *arguments))
 
 
 def _claimed(reply: list[Any]) -> Claimed:

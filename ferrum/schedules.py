@@ -43,8 +43,8 @@ from ulid import ULID
 
 from ferrum.errors import AuthorError, Conflict, NotFound, Unavailable, did_you_mean
 from ferrum.plan import Plan
-from ferrum.record import Connection, Script
 from ferrum.runs import submit
+from ferrum.scripts import Connection
 from ferrum.settings import Missed, settings
 from ferrum.workflow import Workflow
 
@@ -235,16 +235,11 @@ def firing_of(schedule: Schedule, now: float) -> Firing:
 # Keeping.
 
 
-@cache
-def _script(name: str) -> Script:
-    return Script(f"schedules/{name}")
-
-
 class Schedules(Connection):
     """All schedules of one Redis, through one client. Safe to share between threads."""
 
     def __init__(self, url: str, *, patience_s: float = 5.0) -> None:
-        super().__init__(url, patience_s=patience_s, connections=16)
+        super().__init__(url, patience_s=patience_s, connections=16, folder="schedules")
 
     # What people do.
 
@@ -368,7 +363,7 @@ class Schedules(Connection):
         self._do("pause", schedule.id, why)
 
     def _do(self, name: str, *arguments: str | int) -> list[Any]:
-        return self._evaluate(_script(name), _BASE, *arguments)
+        return cast("list[Any]", self._scripts.eval(name, _BASE, *arguments))
 
 
 def _checked_name(name: str) -> str:

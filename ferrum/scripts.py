@@ -16,6 +16,9 @@ from importlib import resources
 from typing import Any, Self, TypeVar, cast
 
 import redis
+from redis.backoff import NoBackoff
+from redis.client import Pipeline
+from redis.retry import Retry
 
 from ferrum.errors import Unavailable
 
@@ -123,6 +126,33 @@ class Scripts:
                         f"Redis does not answer ({type(error).__name__}); is it running, and not full?"
                     ) from error
                 time.sleep(random.uniform(0.05, 0.25))  # noqa: S311
+
+
+class Connection:
+    """One Redis client, its scripts, and patience with a Redis that is away. Safe to share between threads."""
+
+    def __init__(self, url: str, *, patience_s: float = 5.0, connections: int = 256, folder: str = "") -> None:
+        """`patience_s`: how long a call outlasts a Redis that is away before it raises `Unavailable`."""
+        self._redis = redis.Redis.from_url(
+            url, decode_responses=True, retry=Retry(NoBackoff(), 0), max_connections=connections, socket_timeout=30
+        )
+        self._patience_s = patience_s
+        self._scripts = Scripts(self._redis, patience_s, folder=folder)
+        self._patiently = self._scripts.patiently
+
+    def scripts(self) -> Scripts:
+        """The scripts of what all runs share, through the same client."""
+        return Scripts(self._redis, self._patience_s)
+
+    def close_connections(self) -> None:
+        self._redis.close()
+        self._redis.connection_pool.disconnect()
+
+    def _at_once(self, fill: Callable[[Pipeline], None], *, transaction: bool = False) -> list[Any]:
+        """The replies to several commands. A pipeline that was executed is empty, so a new one is filled each time."""
+        pipe = self._redis.pipeline(transaction=transaction)
+        fill(pipe)
+        return pipe.execute()
 
 
 class Room:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 
 from ferrum.errors import Denied, StepError
 from ferrum.steps import Attempt, Composed, Done, Inside, Params, StepType
@@ -16,7 +16,8 @@ CHUNK: Final = 100
 
 
 class ForEachParams(Params):
-    items: list[JsonValue]
+    #: Called as the author wrote it, for the errors' sake.
+    items: list[JsonValue] = Field(alias="for_each")
     max_parallel: int | None = None
     on_error: Literal["fail_fast", "collect"] = "fail_fast"
 
