@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property, lru_cache
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 from pydantic import JsonValue, ValidationError
 
@@ -172,11 +172,19 @@ class PlannedStep:
         return checked
 
 
+@runtime_checkable
+class Built(Protocol):
+    """What a workflow can be made of, like the flows of `ferrum.primitives`."""
+
+    def __workflow__(self) -> Workflow: ...
+
+
 class Plan:
     """A workflow that was checked and compiled. A value; the same workflow makes the same plan."""
 
-    def __init__(self, workflow: Workflow) -> None:
+    def __init__(self, workflow: Workflow | Built) -> None:
         """Raises `WorkflowError` with everything that is wrong."""
+        workflow = workflow if isinstance(workflow, Workflow) else workflow.__workflow__()
         self.workflow = workflow
         if problems := list(_problems_in(workflow, workflow.steps, ("steps",))):
             raise WorkflowError(problems, workflow.source)

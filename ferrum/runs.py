@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from ferrum.artifacts import Artifacts, Kept
 from ferrum.errors import Conflict, FerrumError, NotFound, Problem, WorkflowError, did_you_mean
 from ferrum.events import Event, RunState
-from ferrum.plan import Plan
+from ferrum.plan import Built, Plan
 from ferrum.record import Asked, Record, Resend, Verdict, follow, new_run_id
 from ferrum.results import RunStatus, StepResult, StepStatus, Usage
 from ferrum.sending import send, start
@@ -81,7 +81,7 @@ def artifacts() -> Artifacts:
 
 
 def submit(
-    workflow: Workflow | Mapping[str, object] | str | PathLike[str],
+    workflow: Workflow | Built | Mapping[str, object] | str | PathLike[str],
     input: Mapping[str, JsonValue] | None = None,
     *,
     key: str | None = None,
@@ -90,9 +90,9 @@ def submit(
 ) -> str:
     """Start a run and return its id at once.
 
-    `workflow` is a value, a mapping, or a file's path. It is planned before anything is sent, so a mistake raises
-    `WorkflowError` or `InputError` here and not in a worker. The same `key` within 24 h returns the run that it started
-    first. `priority`, 0 to 9, is used instead of the workflow's; 9 is most urgent.
+    `workflow` is a value, a flow of `ferrum.primitives`, a mapping, or a file's path. It is planned before anything is
+    sent, so a mistake raises `WorkflowError` or `InputError` here and not in a worker. The same `key` within 24 h
+    returns the run that it started first. `priority`, 0 to 9, is used instead of the workflow's; 9 is most urgent.
     `tenant` is whose run it is, else `FERRUM_TENANT`: who has few runs is served before who has many.
     """
     from ferrum.celery import app
@@ -101,10 +101,10 @@ def submit(
     return start(app, record(), artifacts(), plan, input or {}, key=key, priority=priority, tenant=tenant)
 
 
-def _planned(source: Workflow | Mapping[str, object] | str | PathLike[str]) -> Plan:
+def _planned(source: Workflow | Built | Mapping[str, object] | str | PathLike[str]) -> Plan:
     if isinstance(source, Mapping):
         return Plan.of(source)
-    return Plan(source if isinstance(source, Workflow) else Workflow.load(source))
+    return Plan(source if isinstance(source, (Workflow, Built)) else Workflow.load(source))
 
 
 def wait(run_id: str, *, timeout_s: float | None = None) -> JsonValue:
@@ -296,7 +296,7 @@ def _kept_event(state: RunState, name: str) -> dict[str, object]:
     return data | ({"tolerated": True} if result.status is StepStatus.FAILED else {})
 
 
-def register(workflow: Workflow | Mapping[str, object] | str | PathLike[str]) -> tuple[str, str]:
+def register(workflow: Workflow | Built | Mapping[str, object] | str | PathLike[str]) -> tuple[str, str]:
     """Keep a workflow under its name and version, for `type: workflow` steps; returns both.
 
     Raises `WorkflowError`, also where it leads back to itself, and `Conflict` for a version that says something else.
