@@ -1,5 +1,6 @@
 """All benchmarks: `make bench`."""
 
-from bench import steps
+from bench import language, steps
 
 steps.main([])
+language.main([])

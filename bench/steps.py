@@ -37,9 +37,11 @@ class Row:
 def main(arguments: list[str] | None = None) -> None:
     options = _options(arguments)
     with tempfile.TemporaryDirectory() as folder, PrivateRedis(Path(folder)) as server:
-        _environment(server.url, Path(folder), options)
+        environment(server.url, Path(folder))
+        if options.chain:
+            _chains_of(options.chain)
         print(f"{'':34}{'plain Celery':>14}{'ferrum':>12}{'ratio':>9}")
-        with _worker("bench.plain", "300"), _worker("ferrum", "300"):
+        with worker("bench.plain", "300"), worker("ferrum", "300"):
             for row in _rows():
                 if options.only in row.name:
                     _measure(row, options.rounds)
@@ -55,7 +57,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _environment(url: str, folder: Path, options: argparse.Namespace) -> None:
+def environment(url: str, folder: Path) -> None:
+    """The settings of the worker and of this process."""
     (folder / "policy.yaml").write_text("{}\n")
     os.environ |= {
         "FERRUM_REDIS_URL": url,
@@ -64,21 +67,23 @@ def _environment(url: str, folder: Path, options: argparse.Namespace) -> None:
         "FERRUM_IMPORTS": "bench.user_tasks",
         "PYTHONPATH": str(Path(__file__).parent.parent),
     }
-    if options.chain:
-        import ferrum.plan
 
-        ferrum.plan.CHAIN = options.chain
-        os.environ["BENCH_CHAIN"] = str(options.chain)
+
+def _chains_of(steps: int) -> None:
+    import ferrum.plan
+
+    ferrum.plan.CHAIN = steps
+    os.environ["BENCH_CHAIN"] = str(steps)
 
 
 @contextmanager
-def _worker(app: str, threads: str) -> Iterator[subprocess.Popen[bytes]]:
-    worker, _ = _start(app, threads)
+def worker(app: str, threads: str) -> Iterator[subprocess.Popen[bytes]]:
+    process, _ = _start(app, threads)
     try:
-        yield worker
+        yield process
     finally:
-        worker.terminate()
-        worker.wait()
+        process.terminate()
+        process.wait()
 
 
 def _start(app: str, threads: str) -> tuple[subprocess.Popen[bytes], float]:
@@ -135,10 +140,10 @@ def _sequence(steps: int) -> tuple[Callable[[], float], Callable[[], float]]:
 
         from bench.plain import nothing
 
-        return _timed(lambda: chain(*(nothing.si() for _ in range(steps))).apply_async().get(timeout=600)) / steps * 1e3
+        return timed(lambda: chain(*(nothing.si() for _ in range(steps))).apply_async().get(timeout=600)) / steps * 1e3
 
     def ours() -> float:
-        return _timed(lambda: _run(_workflow(steps, "bench.nothing"))) / steps * 1e3
+        return timed(lambda: run(workflow(steps, "bench.nothing"))) / steps * 1e3
 
     return plain, ours
 
@@ -154,10 +159,10 @@ def _many(runs: int, steps: int) -> tuple[Callable[[], float], Callable[[], floa
             for one in last:
                 one.get(timeout=600)
 
-        return runs * steps / _timed(all_of_them)
+        return runs * steps / timed(all_of_them)
 
     def ours() -> float:
-        return runs * steps / _timed(lambda: _runs(runs, _workflow(steps, "bench.nothing")))
+        return runs * steps / timed(lambda: _runs(runs, workflow(steps, "bench.nothing")))
 
     return plain, ours
 
@@ -168,12 +173,12 @@ def _fan_out(width: int) -> tuple[Callable[[], float], Callable[[], float]]:
 
         from bench.plain import nothing
 
-        return _timed(lambda: chord([nothing.si() for _ in range(width)], nothing.si()).apply_async().get(timeout=600))
+        return timed(lambda: chord([nothing.si() for _ in range(width)], nothing.si()).apply_async().get(timeout=600))
 
     def ours() -> float:
-        steps: dict[str, Any] = {f"s{i}": _step("bench.nothing") for i in range(width)}
-        steps["join"] = {**_step("bench.nothing"), "needs": list(steps)}
-        return _timed(lambda: _run({"name": "wide", "steps": steps}))
+        steps: dict[str, Any] = {f"s{i}": step("bench.nothing") for i in range(width)}
+        steps["join"] = {**step("bench.nothing"), "needs": list(steps)}
+        return timed(lambda: run({"name": "wide", "steps": steps}))
 
     return plain, ours
 
@@ -189,24 +194,24 @@ def _naps(runs: int) -> tuple[Callable[[], float], Callable[[], float]]:
             for one in last:
                 one.get(timeout=600)
 
-        return _timed(all_of_them)
+        return timed(all_of_them)
 
     def ours() -> float:
-        return _timed(lambda: _runs(runs, _workflow(3, "bench.nap", seconds=0.2)))
+        return timed(lambda: _runs(runs, workflow(3, "bench.nap", seconds=0.2)))
 
     return plain, ours
 
 
-def _workflow(steps: int, task: str, **given: float) -> dict[str, Any]:
-    chain = {f"s{i}": {**_step(task, **given), "needs": [f"s{i - 1}"] if i else []} for i in range(steps)}
+def workflow(steps: int, task: str, **given: float) -> dict[str, Any]:
+    chain = {f"s{i}": {**step(task, **given), "needs": [f"s{i - 1}"] if i else []} for i in range(steps)}
     return {"name": "chain", "steps": chain}
 
 
-def _step(task: str, **given: float) -> dict[str, Any]:
+def step(task: str, **given: float) -> dict[str, Any]:
     return {"type": "task", "task": task, "input": given}
 
 
-def _run(workflow: dict[str, Any]) -> None:
+def run(workflow: dict[str, Any]) -> None:
     import ferrum
 
     ferrum.wait(ferrum.submit(workflow))
@@ -221,7 +226,7 @@ def _runs(runs: int, workflow: dict[str, Any]) -> None:
         ferrum.wait(run_id)
 
 
-def _timed(work: Callable[[], object]) -> float:
+def timed(work: Callable[[], object]) -> float:
     began = time.monotonic()
     work()
     return time.monotonic() - began

@@ -15,3 +15,8 @@ def nothing() -> None:
 @shared_task(name="bench.nap")
 async def nap(seconds: float) -> None:
     await asyncio.sleep(seconds)
+
+
+@shared_task(name="bench.numbers")
+def numbers(count: int) -> list[int]:
+    return list(range(count))

@@ -154,7 +154,8 @@ class PlannedStep:
 
     @property
     def composed(self) -> bool:
-        return bool(self.bodies)
+        """Whether anything may go on inside of it."""
+        return bool(self.bodies) or self.type.composed
 
     def resolve(self, scope: Mapping[str, JsonValue]) -> Params:
         """Its parameters, with every expression evaluated.

@@ -269,7 +269,10 @@ def _take_over(run_id: str, how: str, plan: Plan, changes: Mapping[str, JsonValu
     kept = _kept(state, plan, plan.behind([*again, *plan.reading(changed)]))
     run = plan.new_run(new_run_id(), None, artifacts().keep(given).dumps(), origin=(run_id, how))
     record().create(run)
-    record().adopt(run.run_id, [(name, _kept_event(state, name), state.step_outputs.get(name, "")) for name in kept])
+    record().adopt(
+        run.run_id,
+        [(name, _kept_event(state, name), state.step_outputs.get(name, "")) for name in plan.in_order if name in kept],
+    )
     needs = {name: plan.top.needs[name] for name in plan.top.steps if name not in kept}
     ready = [name for name, before_it in needs.items() if kept.issuperset(before_it)]
     ended = {name: len(kept.intersection(needs[name])) for name in needs if name not in ready}

@@ -1,4 +1,4 @@
--- Results that a run takes over before it begins. ARGV: run, then (step, data JSON, output envelope)… Returns {'ok'} or {'stale'}.
+-- Results that a run takes over before it begins. They are another run's to undo. ARGV: run, then (step, data JSON, output envelope)… Returns {'ok'} or {'stale'}.
 if redis.call('HGET', run_key, 'status') ~= 'queued' then return { 'stale' } end
 for i = 2, #ARGV, 3 do
   local step = ARGV[i]
@@ -8,7 +8,6 @@ for i = 2, #ARGV, 3 do
     state.e = emit('step.kept', step, ARGV[i + 1], ARGV[i + 2])
     save(step, state)
     redis.call('HINCRBY', run_key, 'left', -1)
-    if state.s == 'completed' and node(step).c then redis.call('RPUSH', undo_key, step) end
   end
 end
 return { 'ok' }

@@ -33,6 +33,8 @@ if ARGV[7] ~= '' then redis.call('HSET', run_key, 'wall', ARGV[7]) end
 if ARGV[13] ~= '' then redis.call('ZADD', timers_key, number(now + ARGV[13]), member('!deadline')) end
 if ARGV[14] ~= '' then
   redis.call('HSET', run_key, 'up', ARGV[14], 'depth', depth)
+  local parent, step = string.match(ARGV[14], '^(%S+) (%S+)$')
+  redis.call('SADD', base .. ':inner:' .. parent, step .. ' ' .. run_id)
 else
   redis.call('HSET', run_key, 'tenant', ARGV[17])
 end

@@ -26,14 +26,14 @@ local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local leases_key, timers_key = base .. ':leases', base .. ':timers'
 local tenants_key = base .. ':tenants'
 local marks_key, asks_key, runs_key = base .. ':marks', base .. ':asks', base .. ':runs'
-local run_key, steps_key, events_key, parked_key, open_key, undo_key
+local run_key, steps_key, events_key, parked_key, open_key, undo_key, inner_key
 local plan_key, lane, active, asking
 
 local function open(id)
   run_id = id
   run_key, steps_key = base .. ':run:' .. id, base .. ':steps:' .. id
   events_key, parked_key = base .. ':events:' .. id, base .. ':parked:' .. id
-  open_key, undo_key = base .. ':open:' .. id, base .. ':undo:' .. id
+  open_key, undo_key, inner_key = base .. ':open:' .. id, base .. ':undo:' .. id, base .. ':inner:' .. id
   plan_key, lane, active, asking = nil, nil, 0, 0
 end
 open(run_id)
@@ -204,7 +204,7 @@ local function really_end(status, data, output)
   redis.call('SREM', base .. ':live', run_id)
   local keep, up, tenant = unpack(redis.call('HMGET', run_key, 'keep', 'up', 'tenant'))
   if tenant and redis.call('HINCRBY', tenants_key, tenant, -1) <= 0 then redis.call('HDEL', tenants_key, tenant) end
-  for _, key in ipairs({ run_key, steps_key, events_key, parked_key, open_key, undo_key }) do
+  for _, key in ipairs({ run_key, steps_key, events_key, parked_key, open_key, undo_key, inner_key }) do
     redis.call('PEXPIRE', key, keep)
   end
   plan_key = plan_key or base .. ':plan:' .. redis.call('HGET', run_key, 'plan')
@@ -213,9 +213,9 @@ local function really_end(status, data, output)
     local parent, step = string.match(up, '^(%S+) (%S+)$')
     local ended = run_id
     in_run(parent, function()
+      redis.call('SREM', inner_key, step .. ' ' .. ended)
       local state = load(step)
       if live(node(step)) and state.s == 'waiting' and state.u == ended then
-        if status ~= 'completed' then redis.call('HSETNX', run_key, 'inside', ended) end
         send(step, wake(step, state, 'its run ended'))
       end
     end)
@@ -246,19 +246,26 @@ local function undo_next()
   really_end(ending.status, cjson.encode(ending))
 end
 
+-- The runs inside of a step, or of anything inside of it, end; without a step those of the whole run.
+local function end_inner(step)
+  for _, name in ipairs(redis.call('SMEMBERS', inner_key)) do
+    local of, id = string.match(name, '^(%S+) (%S+)$')
+    if not step or of == step or string.sub(of, 1, #step + 1) == step .. '.' then
+      in_run(id, function()
+        if live() then end_run('cancelled', '{"status":"cancelled","reason":"what it is part of has ended"}') end
+      end)
+    end
+  end
+end
+
 -- The run ends. What completed and can be undone is undone first, unless all went well.
 end_run = function(status, data, output)
   for _, name in ipairs({ '!wall', '!deadline', '!begin' }) do redis.call('ZREM', timers_key, member(name)) end
   for _, step in ipairs(redis.call('HKEYS', parked_key)) do
     redis.call('ZREM', asks_key, member(step))
     redis.call('ZREM', timers_key, member(step))
-    local inside = load(step).u
-    if inside then
-      in_run(inside, function()
-        if live() then end_run('cancelled', '{"status":"cancelled","reason":"the run that it is part of ended"}') end
-      end)
-    end
   end
+  end_inner()
   if status == 'completed' or redis.call('EXISTS', undo_key) == 0 then return really_end(status, data, output) end
   redis.call('HSET', run_key, 'status', 'compensating', 'ending', data)
   tell_counts()
@@ -448,11 +455,6 @@ local function withdraw(step, state, here)
     redis.call('HDEL', parked_key, step)
     redis.call('ZREM', timers_key, member(step))
     uncount(step, state)
-    if state.u then
-      in_run(state.u, function()
-        if live() then end_run('cancelled', '{"status":"cancelled","reason":"the step that it is part of ended"}') end
-      end)
-    end
   elseif redis.call('ZREM', ready_key(here.q, step), member(step)) == 1 then
     active = active - 1
   end
@@ -463,6 +465,7 @@ end
 
 -- What goes on inside a step goes on no longer.
 local function cancel_inside(step)
+  end_inner(step)
   local start = step .. '.'
   for _, name in ipairs(redis.call('SMEMBERS', open_key)) do
     if string.sub(name, 1, #start) == start then

@@ -19,7 +19,7 @@ redis.call('HSETNX', parked_key, step, ARGV[6])
 redis.call('ZREM', leases_key, member(step) .. ' ' .. token)
 if ARGV[5] ~= '' then redis.call('ZADD', timers_key, number(now + ARGV[5]), member(step)) end
 emit('step.waiting', step, ARGV[7])
-if here.b then cancel_inside(step) end
+if here.b and kind ~= 'run' then cancel_inside(step) end
 if kind == 'children' then
   state.z = cjson.decode(ARGV[12])
   active = active - 1
