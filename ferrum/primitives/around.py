@@ -128,4 +128,4 @@ def around_it(flow: Steplike, **keys: Any) -> OneStep:
     one = lift(flow).as_one()
     if min(_LEVELS[key] for key in keys) <= max((_LEVELS.get(key, 0) for key in one.said), default=0):
         one = OneStep("block", body=one)
-    return one._saying(keys)
+    return one.saying(keys)

@@ -197,7 +197,9 @@ class Builder:
         if isinstance(repeat := step.keys.get("repeat"), Mapping):
             written["repeat"], given = self._rounds(repeat, given, name)
         inside |= self._act(step, given, around, name, written)
-        references = _references(written)
+        paths = _paths(written)
+        self._inputs.use(path[1] for path in paths if path[0] == "input" and len(path) > 1)
+        references = frozenset(path[0] for path in paths)
         for key, part in inside.items():
             if part:
                 written[key] = _written(part)
@@ -228,7 +230,8 @@ class Builder:
         """Write what the step does; the parts of it that are steps."""
         if step.function is not None:
             written |= self._called(step, name)
-            written["input"] = self._arguments(step, given, name)
+            if given_to := self._arguments(step, given, name):
+                written["input"] = given_to
         if step.body is not None:
             body = self._body(step.body, given, around, step.until)
             if body.check:
@@ -345,15 +348,15 @@ def _inner_references(part: Any) -> frozenset[str]:
     return frozenset[str]().union(*map(_inner_references, parts))
 
 
-def _references(step: Mapping[str, Any]) -> frozenset[str]:
-    """The names that a step's own expressions use; what is wrong with them is said when the workflow is made."""
+def _paths(step: Mapping[str, Any]) -> frozenset[tuple[str, ...]]:
+    """What a step's own expressions reach for; what is wrong with them is said when the workflow is made."""
     conditions = [step.get("when"), mapping(step.get("repeat")).get("until")]
     values = [value for key, value in step.items() if key not in ("when", "repeat", "workflow")]
-    found = frozenset[str]()
+    found = frozenset[tuple[str, ...]]()
     with suppress(ExpressionError):
-        found |= Template.compile(values).references
+        found |= Template.compile(values).paths
     for condition in conditions:
         if isinstance(condition, str):
             with suppress(ExpressionError):
-                found |= Condition.compile(condition).references
+                found |= Condition.compile(condition).paths
     return found

@@ -64,7 +64,7 @@ class Flow:
         The keys are those of a workflow file: what any step may have, and the parameters of the step's type. A key
         that is a word of Python has an underscore behind it, `as_`. `fallback` takes flows, `compensate` a flow.
         """
-        return self.as_one()._saying(keys)
+        return self.as_one().saying(keys)
 
     def workflow(
         self,
@@ -174,7 +174,7 @@ class OneStep(Flow):
     def as_one(self) -> OneStep:
         return self
 
-    def _saying(self, keys: Mapping[str, Any]) -> OneStep:
+    def saying(self, keys: Mapping[str, Any]) -> OneStep:
         said = {key.removesuffix("_"): value for key, value in keys.items()}
         fallback = tuple(map(lift, said.pop("fallback", self.fallback)))
         undo = said.pop("compensate", self.undo)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import NoneType, UnionType
 from typing import Any, Final, Union
 
@@ -33,6 +33,12 @@ class Inputs:
         self._asked: dict[str, dict[str, JsonValue]] = {}
         #: Who asked first.
         self._by: dict[str, str] = {}
+
+    def use(self, names: Iterable[str]) -> None:
+        """Expressions use these: in process, what they are given declares them."""
+        for name in names:
+            if name in self._sample and name not in self._said:
+                self._ask(name, {}, "an expression")
 
     def expression(self, parameter: inspect.Parameter, step: OneStep, by: str) -> str:
         """How the input for this parameter is written."""

@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, overload
 
 from ferrum.primitives.flow import Flow, OneStep, Steplike, lift
 
 
-def step(function: Steplike, /, *, name: str | None = None, input: Any = None, **keys: Any) -> OneStep:
-    """A function as a step; also as a decorator. The function may be async, and still be called as one.
+@overload
+def step(function: Steplike, /, *, name: str | None = None, input: Any = None, **keys: Any) -> OneStep: ...
+@overload
+def step(
+    function: None = None, /, *, name: str | None = None, input: Any = None, **keys: Any
+) -> Callable[[Steplike], OneStep]: ...
+def step(
+    function: Steplike | None = None, /, *, name: str | None = None, input: Any = None, **keys: Any
+) -> OneStep | Callable[[Steplike], OneStep]:
+    """A function as a step; also as a decorator. The function may be async; it may still be called as one.
 
     It is called with what flows in, or with `input` only: its arguments by name, or as a list, with expressions as in
-    a workflow file. `functools.partial` fixes some of them by name. `keys` are those of `with_`. A worker has to be
-    able to import the function, from a module that `FERRUM_IMPORTS` names there.
+    a workflow file. `functools.partial` fixes some of them by name. `keys` are those of `Flow.with_`. A worker has to
+    be able to import the function, from a module that `FERRUM_IMPORTS` names there.
     """
+    if function is None:
+        return partial(step, name=name, input=input, **keys)
     made = lift(function)
-    if not isinstance(made, OneStep) or made.kind != "task":
+    if not isinstance(made, OneStep) or made.function is None:
         raise TypeError(f"step() makes a step of a function, and {function!r} is a flow already")
     said = keys if input is None else {**keys, "input": input}
-    return replace(made, name=name or made.name)._saying(said)
+    return replace(made, name=name or made.name).saying(said)
 
 
 def step_of(kind: str, /, *, name: str | None = None, **keys: Any) -> Flow:
-    """A step of any type: `step_of("artifact", name_="report.md", content="{{ draft }}")`.
+    """A step of any type: `step_of("artifact", name_="report.md", content="{{ draft }}")`, `name` is the step's own.
 
     `keys` are its parameters and what any step may say, as in a workflow file; see `Flow.with_`. It is given what flows
     in by expressions over the names of steps, as there.
     """
-    return OneStep(kind, name)._saying(keys)
+    return OneStep(kind, name).saying(keys)
 
 
 def llm(prompt: str | None = None, *, name: str | None = None, **keys: Any) -> Flow:
