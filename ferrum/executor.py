@@ -70,9 +70,6 @@ from ferrum.workflow import Step
 log = logging.getLogger(__name__)
 
 _PLANS_KEPT = 256
-#: How long a composed step holds what is shared, in seconds: nobody renews it while its parts run.
-_COMPOSED_HOLD_S = 3600.0
-
 #: What a step can wait for besides a person, its time and a signal.
 CHILDREN, RUN, CACHE, LIMIT = "children", "run", "cache", "limit"
 
@@ -139,10 +136,16 @@ class _Hold:
     #: The slot that it has, and the digest of what it computes for all.
     slot: str = ""
     digest: str = ""
+
     #: Stops the attempt; `None` once it has ended, or before it can be stopped.
     stop: Callable[[], None] | None = None
     lost: bool = False
     stopping: bool = False
+
+    @property
+    def shared(self) -> list[tuple[str, str]]:
+        """Both, as the record keeps them."""
+        return [pair for pair in ((LIMIT, self.slot), (CACHE, self.digest)) if pair[1]]
 
 
 class Holds:
@@ -253,6 +256,27 @@ class Executor:
     def wake(self, whos: Sequence[Who], kind: str, why: str) -> tuple[Resend, ...]:
         """Wake these, if they wait for that; what must be sent."""
         return tuple(one for who in whos for one in self.record.wake(who.run_id, who.step_id, kind, why))
+
+    @property
+    def hold_s(self) -> float:
+        """How long what is shared is held unless it is renewed."""
+        return 2 * self.lease_s
+
+    def keep_shared(self) -> tuple[Resend, ...]:
+        """Renew what steps hold whose parts run, and give back what those held that have ended; what must be sent."""
+        found = [(one, Who(one.run_id, one.step_id)) for one in self.record.holding()]
+        going = {
+            kind: [(one.key, who) for one, who in found if one.going and one.kind == kind] for kind in (LIMIT, CACHE)
+        }
+        self.shared.limits.renew(going[LIMIT], self.hold_s)
+        self.shared.cache.renew(going[CACHE], self.hold_s)
+        sends: tuple[Resend, ...] = ()
+        for one, who in found:
+            if not one.going and one.kind == LIMIT:
+                sends += self.wake(self.shared.limits.leave(who, one.key), LIMIT, "its turn came")
+            elif not one.going:
+                sends += self.wake(self.shared.cache.give_up(one.key, who), CACHE, "it may compute it")
+        return sends
 
     def share(self) -> tuple[Resend, ...]:
         """Give to those who wait what the dead held of what all share; what must be sent."""
@@ -471,11 +495,6 @@ class _Attempt:
     def _who(self) -> Who:
         return _who(self._hold.held)
 
-    @property
-    def _hold_s(self) -> float:
-        """How long it holds what is shared: renewed while it runs, and for a composed step, which does not, longer."""
-        return _COMPOSED_HOLD_S if self._step.composed else 2 * self._executor.lease_s
-
     def _look_up(self) -> str | None:
         """The envelope that is in the cache; `None` where this step is the one that computes it, or has no cache.
 
@@ -489,7 +508,7 @@ class _Attempt:
         digest = digest_of(scope, self._step.cache.evaluate(self._scoped))
 
         def enter() -> Hit | cached.Compute | cached.Wait:
-            return self._executor.shared.cache.enter(digest, self._who, self._hold_s)
+            return self._executor.shared.cache.enter(digest, self._who, self._executor.hold_s)
 
         match enter():
             case Hit(envelope):
@@ -513,7 +532,7 @@ class _Attempt:
 
         def enter() -> Entered | limits.Wait:
             return self._executor.shared.limits.enter(
-                self._who, concurrency, rate, hold_s=self._hold_s, attempt=self.number
+                self._who, concurrency, rate, hold_s=self._executor.hold_s, attempt=self.number
             )
 
         turn = enter()
@@ -525,7 +544,7 @@ class _Attempt:
     def _let_go(self, envelope: str = "") -> tuple[Resend, ...]:
         """Give back what is shared, and to the cache what was computed; what must be sent."""
         shared, wake = self._executor.shared, self._executor.wake
-        sends: tuple[Resend, ...] = ()
+        sends = self._leave_slot()
         cache = self._step.spec.cache
         if self._hold.digest and cache is not None:
             digest, self._hold.digest = self._hold.digest, ""
@@ -533,10 +552,12 @@ class _Attempt:
                 sends += wake(shared.cache.put(digest, self._who, envelope, cache.ttl), CACHE, "it is there")
             else:
                 sends += wake(shared.cache.give_up(digest, self._who), CACHE, "it may compute it")
-        if self._hold.slot:
-            slot, self._hold.slot = self._hold.slot, ""
-            sends += wake(shared.limits.leave(self._who, slot), LIMIT, "its turn came")
         return sends
+
+    def _leave_slot(self) -> tuple[Resend, ...]:
+        slot, self._hold.slot = self._hold.slot, ""
+        limits = self._executor.shared.limits
+        return self._executor.wake(limits.leave(self._who, slot), LIMIT, "its turn came") if slot else ()
 
     # What composed steps ask for.
 
@@ -653,7 +674,10 @@ class _Attempt:
             left = Inside(
                 f"fallback {number + 1}: {errors[-1]}", label=f"fallback{number + 1}", items=[errors[-1]], memory=memory
             )
-            return Then.WAIT, self._inside(left, signature)
+            # Its own act is over, and so is its turn.
+            sends = self._leave_slot()
+            ended = self._inside(left, signature)
+            return Then.WAIT, replace(ended, sends=ended.sends + sends)
         data: dict[str, object] = {"error": errors[0], "errors": errors[1:]} if errors[1:] else {"error": errors[0]}
         if self._step.tolerated:
             data["tolerated"] = True
@@ -819,6 +843,7 @@ class _Attempt:
             ended = self._executor.record.park(
                 self._hold.held, kind, signature(), {"attempt": self.number, **data}, wake_in_s=wake_in_s,
                 usage=self._unsettled(), bound=bound, memory=memory, awaited=awaited, frames=frames, item=item,
+                holding=self._hold.shared if kind in (CHILDREN, RUN) else (),
             )  # fmt: skip
         # What goes on inside of it goes on in its turn.
         return ended if kind in (CHILDREN, RUN) else replace(ended, sends=ended.sends + self._let_go())

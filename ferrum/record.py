@@ -19,6 +19,7 @@ Keys, all under `ferrum:{pNN}` where NN is the run's partition:
     :marks          hash    per queue and lane, when the youngest claimed step had become ready
     :runs           sorted set of runs, by creation
     :live           set of the runs that have not ended
+    :holding        set     what steps that wait for their parts hold of all that runs share
     :tenants        hash    how many of them each tenant has
     :key:<key>      the run that an idempotency key started
 """
@@ -345,6 +346,18 @@ class Swept:
 
 
 @dataclass(frozen=True, slots=True)
+class Holding:
+    """Something that all runs share and one step holds while its parts run."""
+
+    run_id: str
+    step_id: str
+    kind: str
+    key: str
+    #: Whether the step has not ended.
+    going: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Held:
     """A claim that this process holds."""
 
@@ -500,16 +513,19 @@ class Record(Connection):
     def park(
         self, held: Held, kind: str, signature: str, data: Mapping[str, object], *, wake_in_s: float | None,
         usage: Usage, bound: str = "", memory: JsonValue = None, awaited: str = "", frames: Frames | None = None,
-        item: str = "",
+        item: str = "", holding: Sequence[tuple[str, str]] = (),
     ) -> Ended:  # fmt: skip
-        """The step leaves its worker to wait; `awaited` is a signal's name or a run's id. Raises `Lost`."""
+        """The step leaves its worker to wait; `awaited` is a signal's name or a run's id. Raises `Lost`.
+
+        `holding`: what it holds meanwhile of all that runs share, kind and key.
+        """
         wire = _wire(usage)
         wake = "" if wake_in_s is None else str(max(0, round(wake_in_s * 1000)))
         body = {**data, "kind": kind, "wakes_in": wake_in_s, "usage": wire}
         reply = self._run(
             "park", held.run_id, held.run_id, held.step_id, held.token, kind, wake, signature, _dumps(body),
             _dumps(wire), bound, _dumps(memory) if memory is not None else "", awaited,
-            frames.dumps() if frames else "", item,
+            frames.dumps() if frames else "", item, *(text for pair in holding for text in pair),
         )  # fmt: skip
         _held(reply)
         return _ended(reply)
@@ -641,6 +657,15 @@ class Record(Connection):
         replies = Scripts(self._redis, 0, folder="").eval_each("sweep", _PARTITIONS, *arguments)
         waits = [int(flat[-1]) / 1000 for flat in replies if flat[-1] != ""]
         return Swept(tuple(one for flat in replies for one in _sends(flat[:-1])), min(waits, default=None))
+
+    def holding(self) -> list[Holding]:
+        """What steps that wait for their parts hold of all that runs share; those that have ended are told once."""
+        replies = Scripts(self._redis, 0, folder="").eval_each("holding", _PARTITIONS, "")
+        return [
+            Holding(flat[i], flat[i + 1], flat[i + 2], flat[i + 3], flat[i + 4] == "1")
+            for flat in replies
+            for i in range(0, len(flat), 5)
+        ]
 
     def alone(self, name: str, holder: str, for_s: float) -> bool:
         """Whether this holder has the lock `name` now, for so long; holding it already renews it."""

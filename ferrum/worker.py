@@ -16,7 +16,7 @@ from celery.worker.consumer import Tasks
 
 from ferrum.errors import NotFound, SettingsError, Unavailable
 from ferrum.executor import Executor, Holds, Shared
-from ferrum.record import Record
+from ferrum.record import Record, Resend
 from ferrum.sending import send
 from ferrum.settings import Settings, settings
 from ferrum.steps import step_types
@@ -121,6 +121,7 @@ class Sweeper:
         #: Leases are not reaped before this: when Redis was away, those of living workers ran out too.
         self._reap_from = 0.0
         self._forget_from = 0.0
+        self._shared_from = 0.0
         self._answered_at = time.monotonic()
         self._idle_since = time.monotonic()
         self._every = _Every("ferrum-sweeper", config.sweep, self.once)
@@ -165,7 +166,7 @@ class Sweeper:
         record, now = self._executor.record, time.monotonic()
         queues = record.empty_queues(self._queues)
         found = record.sweep(queues, resend_after_s=self._config.resend_after, reap=now >= self._reap_from)
-        for what in found.sends + self._executor.share():
+        for what in found.sends + self._executor.share() + self._keep_shared(now):
             try:
                 send(self._app, self._executor.plan_of, [what])
             except NotFound:
@@ -175,6 +176,13 @@ class Sweeper:
         if now >= self._forget_from:
             record.forget_ended()
             self._forget_from = now + 60
+
+    def _keep_shared(self, now: float) -> tuple[Resend, ...]:
+        """Now and then: what is kept so is held for longer than that."""
+        if now < self._shared_from:
+            return ()
+        self._shared_from = now + self._config.lease / 2
+        return self._executor.keep_shared()
 
     def _stop_when_idle(self) -> None:
         limit = self._config.exit_when_idle

@@ -24,7 +24,7 @@ local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 
 local leases_key, timers_key = base .. ':leases', base .. ':timers'
-local tenants_key = base .. ':tenants'
+local tenants_key, holding_key = base .. ':tenants', base .. ':holding'
 local marks_key, asks_key, runs_key = base .. ':marks', base .. ':asks', base .. ':runs'
 local run_key, steps_key, events_key, parked_key, open_key, undo_key, inner_key
 local plan_key, lane, active, asking
@@ -213,9 +213,10 @@ local function really_end(status, data, output)
     local parent, step = string.match(up, '^(%S+) (%S+)$')
     local ended = run_id
     in_run(parent, function()
-      redis.call('SREM', inner_key, step .. ' ' .. ended)
+      -- One that its parent ended has nobody to wake.
+      local alive = redis.call('SREM', inner_key, step .. ' ' .. ended) == 1 and live(node(step))
       local state = load(step)
-      if live(node(step)) and state.s == 'waiting' and state.u == ended then
+      if alive and state.s == 'waiting' and state.u == ended then
         send(step, wake(step, state, 'its run ended'))
       end
     end)
@@ -251,6 +252,7 @@ local function end_inner(step)
   for _, name in ipairs(redis.call('SMEMBERS', inner_key)) do
     local of, id = string.match(name, '^(%S+) (%S+)$')
     if not step or of == step or string.sub(of, 1, #step + 1) == step .. '.' then
+      redis.call('SREM', inner_key, name)
       in_run(id, function()
         if live() then end_run('cancelled', '{"status":"cancelled","reason":"what it is part of has ended"}') end
       end)

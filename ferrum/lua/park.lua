@@ -1,7 +1,8 @@
 -- The step leaves its worker to wait.
 -- ARGV: run, step, token, kind, in how many ms to wake it ('' for never), signature, data JSON, usage JSON,
 -- digest of the act a person is asked about (''), memory JSON ('' for none), the signal or run that it waits for (''),
--- frames JSON ('' for none; {label or total, next, left, ff, window}), item of the only frame (an envelope, '' for none).
+-- frames JSON ('' for none; {label or total, next, left, ff, window}), item of the only frame (an envelope, '' for none),
+-- then (kind, key)… of what it holds meanwhile of all that runs share.
 -- Returns {'ok', 0, sends} or {'stale'}.
 local step, token, kind = ARGV[2], ARGV[3], ARGV[4]
 local state = load(step)
@@ -19,6 +20,7 @@ redis.call('HSETNX', parked_key, step, ARGV[6])
 redis.call('ZREM', leases_key, member(step) .. ' ' .. token)
 if ARGV[5] ~= '' then redis.call('ZADD', timers_key, number(now + ARGV[5]), member(step)) end
 emit('step.waiting', step, ARGV[7])
+for i = 14, #ARGV, 2 do redis.call('SADD', holding_key, cjson.encode({ run_id, step, ARGV[i], ARGV[i + 1] })) end
 if here.b and kind ~= 'run' then cancel_inside(step) end
 if kind == 'children' then
   state.z = cjson.decode(ARGV[12])
