@@ -1,0 +1,342 @@
+"""Random workflows on real workers come to what a small interpreter says, also when workers die or messages come twice.
+
+`LANGUAGE_EXAMPLES` (how many) and `LANGUAGE_SEED` (which) make a long hunt of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import twice
+from fleet import Fleet, assert_events_agree, eventually, lines
+from hypothesis import HealthCheck, Phase, given
+from random_workflows import workflows
+from reference import COMPLETED, Expected, Seen, expected
+
+import ferrum
+from ferrum.events import Event, RunCreated, StepCompleted
+from ferrum.runs import RunView, record
+
+EXAMPLES = int(os.environ.get("LANGUAGE_EXAMPLES", "25"))
+SEED = int(os.environ.get("LANGUAGE_SEED", "0"))
+#: What each run is given.
+GIVEN: dict[str, Any] = {"n": [1, 2]}
+#: A worker that died is noticed soon.
+QUICK = {"FERRUM_LEASE": "1.5", "FERRUM_HEARTBEAT": "0.2", "FERRUM_SWEEP": "0.1", "FERRUM_RESEND_AFTER": "1"}
+
+Document = dict[str, Any]
+
+
+def some(count: int, seed: int) -> list[Document]:
+    """So many random workflows, the same ones for the same seed."""
+    found: list[Document] = []
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=count, database=None, deadline=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(workflows())
+    def draw(document: Document) -> None:
+        found.append(document)
+
+    draw()
+    return found
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "effects.log"
+
+
+@pytest.fixture
+def fleet(clean_redis: str, tmp_path: Path, log: Path) -> Iterator[Fleet]:
+    """A fleet with nobody in it yet."""
+    fleet = Fleet(clean_redis, tmp_path, {**QUICK, "EFFECTS": str(log)})
+    try:
+        yield fleet
+    finally:
+        fleet.stop()
+
+
+# What a run was.
+
+
+@dataclass(frozen=True)
+class Story:
+    """What the events of one run tell, by their places in the order."""
+
+    run_id: str
+    events: Sequence[Event]
+
+    @classmethod
+    def of(cls, run_id: str) -> Story:
+        return cls(run_id, record().events(run_id))
+
+    @cached_property
+    def view(self) -> RunView:
+        return ferrum.runs.show(self.run_id)
+
+    @cached_property
+    def of_steps(self) -> dict[str, list[tuple[int, str]]]:
+        """For each step where its events are, and of what type."""
+        found: dict[str, list[tuple[int, str]]] = {}
+        for place, event in enumerate(self.events):
+            if step := getattr(event, "step", None):
+                found.setdefault(step, []).append((place, event.type))
+        return found
+
+    def first(self, step: str) -> int:
+        return self.of_steps[step][0][0]
+
+    def end(self, step: str) -> int:
+        """Where it ended; beyond all where it did not."""
+        ends = [place for place, kind in self.of_steps.get(step, ()) if kind in _ENDS]
+        return ends[0] if ends else len(self.events)
+
+    def span(self, prefix: str) -> tuple[int, int] | None:
+        """From where to where anything happened in there by itself; what is undone later is not of it."""
+        places = [
+            place
+            for step, events in self.of_steps.items()
+            if step == prefix or step.startswith(f"{prefix}.")
+            if ".compensate" not in step.removeprefix(prefix)
+            for place, kind in events
+            if kind != "step.cancelled"
+        ]
+        return (min(places), max(places)) if places else None
+
+    @property
+    def completed(self) -> list[str]:
+        """The steps that completed, in order."""
+        return [event.step for event in self.events if isinstance(event, StepCompleted)]
+
+    @property
+    def undoing(self) -> list[str]:
+        """The steps that undo another, in the order in which they began."""
+        return [step for step in self.of_steps if step.endswith(".compensate")]
+
+
+_ENDS = frozenset({"step.completed", "step.failed", "step.skipped", "step.cancelled"})
+
+
+@dataclass
+class Comparison:
+    """What the runs of a fleet were against what they should have been."""
+
+    redis_url: str
+    #: How often each step acted, by its key.
+    effects: Counter[str]
+    #: Workers died: a step may have acted more than once.
+    killed: bool
+    #: The runs inside of others, by run and step, in order.
+    inside: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, redis_url: str, log: Path, *, killed: bool) -> Comparison:
+        made = cls(redis_url, Counter(lines(log)), killed)
+        for run in sorted(record().runs(limit=100_000), key=lambda run: run.run_id):
+            created = record().events(run.run_id)[0]
+            assert isinstance(created, RunCreated)
+            if created.parent:
+                made.inside.setdefault(created.parent, []).append(run.run_id)
+        return made
+
+    def check(self, run_id: str, said: Expected, *, loose: bool = False) -> None:
+        """`loose`: the run is inside of what may have been cancelled."""
+        story = Story.of(run_id)
+        view = story.view
+        cut_off = loose and view.status.value == "cancelled"
+        self._same(run_id, "status", view.status.value, "cancelled" if cut_off else said.status)
+        if view.status.value == COMPLETED:
+            self._same(run_id, "outputs", _without_errors(view.outputs), _without_errors(said.outputs))
+        steps = {step.step_id: step for step in view.steps}
+        known = said.steps | {step: seen for undo in said.undo.values() for step, seen in undo.items()}
+        for step in steps.keys() - known.keys():
+            self._wrong(run_id, f"{step} should not be there")
+        for step, seen in said.steps.items():
+            self._step(story, step, seen, cut_off)
+        self._order(story, said)
+        self._undone(story, said)
+        assert_events_agree(self.redis_url, run_id)
+
+    def _step(self, story: Story, step: str, seen: Seen, cut_off: bool) -> None:
+        found = {one.step_id: one for one in story.view.steps}.get(step)
+        status = found.status.value if found else "absent"
+        loose = cut_off or seen.loose
+        if loose and status in ("absent", "cancelled", "pending"):
+            pass
+        else:
+            self._same(story.run_id, f"status of {step}", status, seen.status)
+        if found and status == COMPLETED:
+            self._same(story.run_id, f"output of {step}", _without_errors(found.output), _without_errors(seen.output))
+        ends = [kind for _, kind in story.of_steps.get(step, ()) if kind in _ENDS]
+        if len(ends) > 1 or (ends and story.of_steps[step][-1][1] not in _ENDS):
+            self._wrong(story.run_id, f"{step} went on after its end: {story.of_steps[step]}")
+        self._acted(f"{story.run_id}.{step}", seen.effects, loose)
+        runs = self.inside.pop((story.run_id, step), [])
+        if len(runs) > len(seen.runs) or (len(runs) < len(seen.runs) and not loose):
+            self._wrong(story.run_id, f"{step} has the runs {runs}, and should have {len(seen.runs)}")
+        for inner, said in zip(runs, seen.runs, strict=False):
+            self.check(inner, said, loose=loose)
+
+    def _acted(self, key: str, times: int, loose: bool) -> None:
+        acted = self.effects.pop(key, 0)
+        least = 0 if loose else times
+        if acted < least or (acted > times and not (self.killed and times)):
+            self._wrong(key, f"acted {acted} times, not {times}")
+
+    def _order(self, story: Story, said: Expected) -> None:
+        for step, seen in said.steps.items():
+            if step in story.of_steps:
+                for before in seen.after:
+                    if story.end(before) > story.first(step):
+                        self._wrong(story.run_id, f"{step} began before {before} was over")
+        for step, events in story.of_steps.items():
+            own = [place for place, kind in events if kind != "step.cancelled"]
+            around = _around(step, story)
+            if around and own and not (story.first(around) < own[0] and own[-1] < story.end(around)):
+                self._wrong(story.run_id, f"{step} was not inside of {around}")
+        for prefixes, at_a_time in said.in_turn:
+            spans = [span for prefix in prefixes if (span := story.span(prefix))]
+            if any(sum(begin <= at <= end for begin, end in spans) > at_a_time for at, _ in spans):
+                self._wrong(story.run_id, f"more than {at_a_time} of {prefixes} at a time: {spans}")
+
+    def _undone(self, story: Story, said: Expected) -> None:
+        undone: list[str] = []
+        if story.view.status.value != COMPLETED:
+            undone = [f"{step}.compensate" for step in reversed(story.completed) if step in said.undo]
+        self._same(story.run_id, "undone", story.undoing, undone)
+        for one, after in pairwise(undone):
+            if story.end(one) > story.first(after):
+                self._wrong(story.run_id, f"{after} began before {one} was over")
+        for step in undone:
+            for id, seen in said.undo[step.removesuffix(".compensate")].items():
+                self._step(story, id, seen, cut_off=False)
+
+    def _same(self, run_id: str, what: str, found: Any, wanted: Any) -> None:
+        if found != wanted:
+            self._wrong(run_id, f"{what} is {found!r}, not {wanted!r}")
+
+    def _wrong(self, run_id: str, message: str) -> None:
+        self.wrong.append(f"{run_id}: {message}")
+
+    def nothing_else(self) -> None:
+        """Nothing acted and no run was begun that nobody asked for."""
+        self.wrong += [f"{key} acted, and should not have" for key in self.effects]
+        self.wrong += [f"{step} of {run} has the runs {runs}" for (run, step), runs in self.inside.items()]
+
+
+def _around(step: str, story: Story) -> str | None:
+    """The step that this one is inside of."""
+    parts = step.split(".")
+    if parts[-1] == "compensate":
+        return None
+    above = (".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
+    return next((one for one in above if one in story.of_steps), None)
+
+
+def _without_errors(value: Any) -> Any:
+    """Which of several failed steps an error names, nobody knows before."""
+    if isinstance(value, dict):
+        return {name: _without_errors(one) for name, one in value.items() if name != "error"}
+    return [_without_errors(one) for one in value] if isinstance(value, list) else value
+
+
+def all_ended(runs: Sequence[str]) -> bool:
+    return all(record().status(run_id).ended for run_id in runs)
+
+
+def how_far(runs: Sequence[str], documents: Sequence[Document]) -> str:
+    """What is still going on, for whoever has to find out why."""
+    stuck = [pair for pair in zip(runs, documents, strict=True) if not record().status(pair[0]).ended]
+    told = [
+        [f"{event.type} {getattr(event, 'step', '')}" for event in record().events(run_id)][-12:] for run_id, _ in stuck
+    ]
+    return "\n".join(
+        f"{run_id} does not end: {events}\n{json.dumps(document)}"
+        for (run_id, document), events in zip(stuck, told, strict=True)
+    )
+
+
+def assert_as_said(
+    redis_url: str, log: Path, documents: Sequence[Document], runs: Sequence[str], *, killed: bool = False
+) -> None:
+    comparison = Comparison.of(redis_url, log, killed=killed)
+    failed: list[str] = []
+    for run_id, document in zip(runs, documents, strict=True):
+        before = len(comparison.wrong)
+        comparison.check(run_id, expected(document, GIVEN))
+        if new := comparison.wrong[before:]:
+            failed.append("\n".join([*new, json.dumps(document)]))
+    before = len(comparison.wrong)
+    comparison.nothing_else()
+    if comparison.wrong:
+        pytest.fail("\n\n".join([*failed, *comparison.wrong[before:]]), pytrace=False)
+
+
+def submit(documents: Sequence[Document]) -> list[str]:
+    return [ferrum.submit(document, GIVEN) for document in documents]
+
+
+def wait_for(runs: Sequence[str], documents: Sequence[Document]) -> None:
+    try:
+        eventually(lambda: all_ended(runs), timeout_s=30 + EXAMPLES)
+    except AssertionError:
+        raise AssertionError(how_far(runs, documents)) from None
+
+
+@pytest.mark.timeout(60 + 4 * EXAMPLES)
+def test_random_workflows_come_to_what_the_reference_says(fleet: Fleet, redis_url: str, log: Path) -> None:
+    for _ in range(2):
+        fleet.start("-c", "8")
+    documents = some(EXAMPLES, SEED)
+    runs = submit(documents)
+    wait_for(runs, documents)
+    assert_as_said(redis_url, log, documents, runs)
+
+
+@pytest.mark.timeout(60 + 4 * EXAMPLES)
+def test_random_workflows_come_to_the_same_when_every_message_is_delivered_twice(
+    fleet: Fleet, redis_url: str, log: Path
+) -> None:
+    for _ in range(2):
+        fleet.start("-c", "8", FERRUM_IMPORTS="user_tasks,twice_in_workers")
+    documents = some(EXAMPLES, SEED + 1)
+    twice.install()
+    try:
+        runs = submit(documents)
+        wait_for(runs, documents)
+    finally:
+        twice.remove()
+    assert_as_said(redis_url, log, documents, runs)
+
+
+@pytest.mark.timeout(60 + 8 * EXAMPLES)
+def test_random_workflows_come_to_the_same_when_workers_are_killed(fleet: Fleet, redis_url: str, log: Path) -> None:
+    alive = [fleet.start("-c", "8"), fleet.start("-c", "8")]
+    chance = random.Random(SEED)
+    documents = some(EXAMPLES, SEED + 2)
+    runs = submit(documents)
+    for _ in range(EXAMPLES // 5):
+        victim = alive.pop(chance.randrange(2))
+        so_far = len(lines(log))
+        eventually(lambda enough=so_far + 2: len(lines(log)) > enough or all_ended(runs))
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+        alive.append(fleet.start("-c", "8"))
+    wait_for(runs, documents)
+    assert_as_said(redis_url, log, documents, runs, killed=True)
