@@ -251,6 +251,7 @@ class Run:
         """Raises `Lost`."""
         state, step = self._held(claim), self.plan.step(claim.step_id)
         self._settle(state, usage)
+        self._end_inside(state, "the step that it is part of goes on without it")
         state.status, state.signal, state.frames, state.output = status, "", None, output
         state.error = str(data.get("error") or "")
         self._emit(f"step.{status}", claim.step_id, {**data, "usage": usage}, output)
@@ -273,6 +274,7 @@ class Run:
         state, step_id = self._held(claim), claim.step_id
         step = self.plan.step(step_id)
         self._settle(state, usage)
+        self._end_inside(state, "the step that it is part of goes on without it")
         state.status, state.kind, state.verdict, state.bound = StepStatus.WAITING, kind, None, bound
         state.task, state.message = None, str(data.get("message") or data.get("error") or "")
         state.awaited, state.memory = awaited, state.memory if memory is None else memory
@@ -471,8 +473,7 @@ class Run:
 
     def _wake(self, step_id: str, state: State, why: str) -> None:
         self._uncount(state)
-        self._end_inside(state, "the step that it is part of goes on without it")
-        state.status, state.kind, state.inside = StepStatus.PENDING, "", None
+        state.status, state.kind = StepStatus.PENDING, ""
         self._untimed(step_id)
         self._emit("step.resumed", step_id, {"why": why})
         self._make_ready(step_id)
@@ -554,13 +555,13 @@ class Run:
         elif state.status is StepStatus.WAITING:
             self._untimed(step_id)
             self._uncount(state)
-            self._end_inside(state, "the step that it is part of ended")
         elif state.ready:
             state.ready = False
             self._now_active -= 1
+        self._end_inside(state, "the step that it is part of ended")
         self._untimed(f"{step_id}!d")
         state.reserved = Usage()
-        state.kind, state.inside = "", None
+        state.kind = ""
         state.token += 1
         self.world.let_go(self, step_id)
 

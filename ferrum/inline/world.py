@@ -239,7 +239,7 @@ class World:
                 if state.kind in _HELP:
                     path = run.path + step_id
                     awaited = run.path + state.awaited
-                    yield f"  {path} waits {state.message}: " + _HELP[state.kind].format(step=path, signal=awaited)
+                    yield f"  {path} waits: {state.message}: " + _HELP[state.kind].format(step=path, signal=awaited)
 
 
 _HELP = {

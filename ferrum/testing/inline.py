@@ -297,7 +297,7 @@ class InlineRun:
     def output(self, step_id: str) -> JsonValue:
         """The output of a step, which must have completed."""
         found = self.step(step_id)
-        assert found.status is StepStatus.COMPLETED, self._say(f"{step_id!r} did not complete, it is {found.status}")
+        self._check(found.status is StepStatus.COMPLETED, f"{step_id!r} did not complete, it is {found.status}")
         return found.output
 
     def attempts(self, step_id: str) -> int:
@@ -306,9 +306,8 @@ class InlineRun:
 
     def inside(self, step_id: str) -> InlineRun:
         """The run that this step started."""
-        found = self.result.inside.get(step_id)
-        assert found is not None, self._say(f"{step_id!r} started no run")
-        return InlineRun(found)
+        self._check(step_id in self.result.inside, f"{step_id!r} started no run")
+        return InlineRun(self.result.inside[step_id])
 
     def happened(self, kind: str, step_id: str | None = None) -> list[Event]:
         """The events of this type, of one step or of all."""
@@ -316,35 +315,37 @@ class InlineRun:
             event for event in self.events if event.type == kind and step_id in (None, getattr(event, "step", None))
         ]
 
-    def assert_happened(self, kind: str, step_id: str | None = None, **facts: object) -> None:
+    def assert_happened(self, kind: str, step_id: str | None = None, /, **facts: object) -> None:
         """An event of this type has these facts: `run.assert_happened("step.failed", "a", error="no")`."""
         found = self.happened(kind, step_id)
         fits = any(all(getattr(event, name, None) == fact for name, fact in facts.items()) for event in found)
         what = " ".join([kind, *([f"of {step_id!r}"] if step_id else []), *(f"{k}={v!r}" for k, v in facts.items())])
-        assert fits, self._say(f"there was no {what}")
+        self._check(fits, f"there was no {what}")
 
     def assert_not_happened(self, kind: str, step_id: str | None = None) -> None:
         whose = f" of {step_id!r}" if step_id else ""
-        assert not self.happened(kind, step_id), self._say(f"there was a {kind}{whose}")
+        self._check(not self.happened(kind, step_id), f"there was a {kind}{whose}")
 
     def assert_order(self, *step_ids: str) -> None:
         """These steps began in this order; others may have begun in between."""
         order = self.order
         missing = [step_id for step_id in step_ids if step_id not in order]
-        assert not missing, self._say(f"these never began: {', '.join(missing)}")
-        assert [step_id for step_id in order if step_id in step_ids] == list(step_ids), self._say(
-            f"they did not begin in the order {', '.join(step_ids)}, but {', '.join(order)}"
-        )
+        self._check(not missing, f"these never began: {', '.join(missing)}")
+        said = f"they did not begin in the order {', '.join(step_ids)}, but {', '.join(order)}"
+        self._check([step_id for step_id in order if step_id in step_ids] == list(step_ids), said)
 
     def assert_completed(self) -> None:
-        assert self.status is RunStatus.COMPLETED, self._say("the run did not complete")
+        self._check(self.status is RunStatus.COMPLETED, "the run did not complete")
 
     def __str__(self) -> str:
         """All that happened, a line for each event."""
         return "\n".join(_lines(self.result, ""))
 
-    def _say(self, what: str) -> str:
-        return f"{what}\n{self}"
+    def _check(self, holds: bool, what: str) -> None:
+        # Raised and not asserted: pytest would add the text of the condition, which says less.
+        __tracebackhide__ = True
+        if not holds:
+            raise AssertionError(f"{what}\n{self}")
 
 
 def _lines(result: Result, indent: str) -> Iterator[str]:
