@@ -57,7 +57,7 @@ class Settings(BaseModel):
     tenant: str = Field(
         "default", min_length=1, max_length=100, description="Whose runs this process starts, unless it is said."
     )
-    imports: str = Field("", description="Modules with your own Celery tasks, comma separated.")
+    imports: str = Field("", description="Modules with your own Celery tasks and functions, comma separated.")
     lease: float = Field(8.0, ge=1, description="A step whose worker was silent this long is given to another.")
     heartbeat: float = Field(0.5, gt=0, description="How often a worker renews its leases and hears of cancelled runs.")
     sweep: float = Field(0.5, gt=0, description="How often timers, dead workers and lost messages are looked for.")
