@@ -7,29 +7,29 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from by_hand import ByHand
 from fleet import eventually
+from office import Given, Office, step_type
 from pydantic import JsonValue
 
 import ferrum.settings
 from ferrum.artifacts import Artifacts
 from ferrum.errors import ModelError, SettingsError, StepError, ToolError, Unavailable
 from ferrum.events import ActDecided, RunState, StepWaiting
-from ferrum.executor import Executor, Holds, Outcome, Then
+from ferrum.executor import Holds, Outcome, Then
 from ferrum.governance.acts import Act, ModelCall, ToolCall
 from ferrum.governance.budget import Limits
 from ferrum.governance.policy import Policy
 from ferrum.loop import LoopThread
 from ferrum.record import Held, Record, Resend, Verdict
 from ferrum.results import RunStatus, StepStatus, Usage
-from ferrum.steps import Attempt, Params, StepType, step_types
-from ferrum.testing.actors import Done, ScriptedActors
-from ferrum.workflow import Workflow
+from ferrum.steps import Attempt, step_types
+from ferrum.testing.actors import Done
 
 MODEL = "test/model"
 LOG = ToolCall(server="git", tool="log", arguments={})
@@ -51,50 +51,9 @@ def loop() -> Iterator[LoopThread]:
     loop.stop()
 
 
-class Office:
-    """One worker's executor, and the runs that it works on."""
-
-    def __init__(self, record: Record, loop: LoopThread, artifacts: Artifacts) -> None:
-        self.actors = ScriptedActors()
-        self.executor = Executor(
-            record=record,
-            artifacts=artifacts,
-            policy=Policy.of({"allow": ["tool:*", "model:*"]}),
-            actors=self.actors,
-            loop=loop,
-            worker="w",
-            lease_s=60,
-        )
-
-    @property
-    def record(self) -> Record:
-        return self.executor.record
-
-    def begin(
-        self, steps: Mapping[str, object], given: JsonValue = None, limits: Limits | None = None, **more: object
-    ) -> ByHand:
-        inputs = {name: {"type": "string"} for name in given} if isinstance(given, dict) else {}
-        workflow = Workflow.of({"name": "x", "inputs": inputs, "steps": steps, **more})
-        return ByHand(self.record, workflow, input=json.dumps({"v": given or {}}), limits=limits)
-
-    def attempt(self, run: ByHand, step: str = "a") -> Outcome:
-        return self.executor.attempt(run.run_id, step, lambda: f"signature of {step}")
-
-    def play(self, steps: Mapping[str, object], given: JsonValue = None, **more: Any) -> RunState:
-        """One attempt at each step, in order."""
-        run = self.begin(steps, given, **more)
-        for step in run.plan.steps:
-            self.attempt(run, step)
-        return self.record.state(run.run_id)
-
-
 @pytest.fixture
 def office(record: Record, loop: LoopThread, tmp_path: Path) -> Office:
     return Office(record, loop, Artifacts(f"file://{tmp_path}"))
-
-
-class Given(Params):
-    value: JsonValue = None
 
 
 Types = Callable[..., None]
@@ -105,10 +64,7 @@ def types(monkeypatch: pytest.MonkeyPatch) -> Types:
     """Adds step types: `types(name=run)`, where `run(params, attempt)` is what a step of this type does."""
 
     def add(waits: bool = False, **runs: Callable[[Given, Attempt], Any]) -> None:
-        own = {
-            name: type(name, (StepType,), {"name": name, "params": Given, "run": staticmethod(run), "waits": waits})()
-            for name, run in runs.items()
-        }
+        own = {name: step_type(name, run, waits=waits) for name, run in runs.items()}
         monkeypatch.setattr("ferrum.plan.step_types", lambda: {**step_types(), **own})
 
     return add
