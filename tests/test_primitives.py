@@ -12,7 +12,7 @@ from typing import Any
 import flow_steps as f
 import pytest
 from fleet import Fleet, ended
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ferrum
@@ -325,6 +325,7 @@ def test_what_goes_around_is_what_one_would_write(flow: Flow, said: str) -> None
 def test_what_stands_further_in_already_gets_a_step_around_it() -> None:
     assert [*steps_of(Retry(Retry(f.fetch)))] == ["block"]
     assert [*steps_of(Retry(Timeout(cached(for_each(f.words, over=["a"]), ttl=1), 2)))] == ["block"]
+    assert steps_of(Retry(Conditional("true", f.fetch)))["block"]["steps"]["switch"]["type"] == "switch"
     assert steps_of(for_each(cached(Retry(Timeout(f.words, 1)), ttl=1), over=["a"]))["words"]["timeout"] == 1.0
 
 
@@ -408,12 +409,18 @@ def test_inputs_that_nobody_can_tell_are_refused() -> None:
         " list, dict), or say inputs={'thing': {'type': …}}"
     )
     assert "the input 'text' is array for 'other_text' and string for 'words'" in refusal(Parallel(other_text, f.words))
+    refused = refusal(Parallel(fetch, hasty))
+    assert refused == "where 'tries' is not given, 'fetch' and 'hasty' take different values: say inputs="
     assert "'words' is the first, and its items are not known: say over=" in refusal(for_each(f.words))
     assert "there is no input 'topic'" in refusal(llm("{{ input.topic }}"))
 
 
 def untyped(thing: Any) -> Any:
     return thing
+
+
+def hasty(tries: int = 1) -> int:
+    return tries
 
 
 def other_text(text: list[str]) -> list[str]:
@@ -620,10 +627,12 @@ def _grown(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         inner.map(lambda flow: for_each(flow, over=[1, 2])),
         several.map(lambda flows: Fallback(*flows)),
         st.tuples(inner, inner).map(lambda two: Conditional(f.nothing, *two)),
+        inner.map(lambda flow: Switch("{{ input.url }}", {"a b": flow, "default": f.nothing})),
         st.tuples(inner, inner).map(Saga),
     )
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.recursive(_LEAVES, _grown, max_leaves=12))
 def test_any_tree_makes_a_plan_that_is_read_back_the_same(flow: Any) -> None:
     flow = Sequential(step(f.together, input=[]), flow, step(f.together, name="last"))
@@ -632,4 +641,4 @@ def test_any_tree_makes_a_plan_that_is_read_back_the_same(flow: Any) -> None:
     # The last one comes after everything.
     before = {need for name in made.steps for need in made.needs_of(name)}
     assert set(made.steps) - before == {"last"}
-    assert len(Plan(flow).top.last) == 1
+    assert len(Plan(made).top.last) == 1

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from ferrum.primitives.flow import FLOWING, Chosen, Flow, OneStep, Sequential, Steplike, lift, yes_or_no
+from ferrum.workflow.rules import NO_RETRY
 
 #: Where a key of a step lies around what the step does; the more, the further out.
 _LEVELS: Final[Mapping[str, int]] = {
@@ -126,6 +127,7 @@ def repeat(
 def around_it(flow: Steplike, **keys: Any) -> OneStep:
     """The flow with this around all that it says already."""
     one = lift(flow).as_one()
-    if min(_LEVELS[key] for key in keys) <= max((_LEVELS.get(key, 0) for key in one.said), default=0):
+    further_in = min(_LEVELS[key] for key in keys) <= max((_LEVELS.get(key, 0) for key in one.said), default=0)
+    if further_in or ("retry" in keys and one.kind in NO_RETRY):
         one = OneStep("block", body=one)
     return one.saying(keys)

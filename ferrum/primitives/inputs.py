@@ -37,7 +37,7 @@ class Inputs:
     def use(self, names: Iterable[str]) -> None:
         """Expressions use these: in process, what they are given declares them."""
         for name in names:
-            if name in self._sample and name not in self._said:
+            if name in self._sample and name not in {*self._said, *self._asked}:
                 self._ask(name, {}, "an expression")
 
     def expression(self, parameter: inspect.Parameter, step: OneStep, by: str) -> str:
@@ -53,11 +53,12 @@ class Inputs:
         kinds = [str(one["type"]) for one in (before, spec) if "type" in one]
         if len(set(kinds)) > 1:
             self._wrong(f"the input {name!r} is {kinds[0]} for {first!r} and {kinds[1]} for {by!r}: say inputs=")
-        both = {**spec, **before}
-        if any(one.keys().isdisjoint(("default", "required")) for one in (before, spec)):
-            # Whoever cannot do without it decides.
-            both = {key: value for key, value in both.items() if key not in ("default", "required")}
-        self._asked[name] = both
+        without = [_left_out(one) for one in (before, spec)]
+        if all(without) and without[0] != without[1]:
+            self._wrong(f"where {name!r} is not given, {first!r} and {by!r} take different values: say inputs=")
+        # Whoever cannot do without it decides.
+        optional = without[0] if all(without) else {}
+        self._asked[name] = {**_always(spec), **_always(before), **optional}
 
     def declared(self) -> dict[str, object]:
         """All inputs, as in a workflow file."""
@@ -71,6 +72,15 @@ class Inputs:
                 f" int, float, bool, list, dict), or say inputs={{{name!r}: {{'type': …}}}}"
             )
         return {"type": kind, **spec}
+
+
+def _left_out(spec: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """What is said of a run that is not given it; empty where it has to be."""
+    return {key: value for key, value in spec.items() if key in ("default", "required")}
+
+
+def _always(spec: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    return {key: value for key, value in spec.items() if key not in ("default", "required")}
 
 
 def input_spec(parameter: inspect.Parameter, step: OneStep) -> dict[str, JsonValue]:
@@ -96,7 +106,7 @@ def _schema(hint: Any) -> dict[str, JsonValue]:
     """The JSON Schema of a type, as far as it can be said of an input."""
     try:
         schema = TypeAdapter(hint).json_schema()
-    except (PydanticUserError, TypeError):
+    except (PydanticUserError, NameError, TypeError):
         return {}
     if schema.get("type") not in TYPES.values():
         return {}
