@@ -345,6 +345,19 @@ def test_a_flow_is_a_value() -> None:
     assert fetch >> plain == fetch >> step(f.twice)
 
 
+def test_a_plan_takes_a_flow_as_it_is() -> None:
+    assert Plan(fetch >> summarise).digest == Plan((fetch >> summarise).workflow()).digest
+
+
+def test_a_decorator_may_say_what_a_step_may_say() -> None:
+    @step(name="whole", timeout="5s")
+    def inner(n: int) -> int:
+        return n
+
+    assert inner == step(inner.function, name="whole", timeout="5s")
+    assert inner(3) == 3
+
+
 def test_the_name_of_the_whole_is_that_of_the_workflow() -> None:
     named = (fetch >> summarise).named("triage")
     assert (named.workflow().name, [*named.workflow().steps]) == ("triage", ["fetch", "summarise"])
