@@ -17,7 +17,7 @@ from ferrum.governance.budget import Limits
 from ferrum.governance.policy import Policy
 from ferrum.loop import LoopThread
 from ferrum.plan import Plan, template_id
-from ferrum.record import Record, Resend, base_of, new_run_id
+from ferrum.record import LANES, Record, Resend, base_of, new_run_id
 from ferrum.steps import Attempt, Params, StepType, step_types
 from ferrum.testing.actors import ScriptedActors
 from ferrum.workflow import Workflow
@@ -146,7 +146,8 @@ class Office:
     def sweep(self) -> tuple[Resend, ...]:
         """What the sweeper finds; what is ready is lost only where whatever is sent is."""
         lossy = self.mute or isinstance(self.record, Deaf)
-        queues = self.record.empty_queues({kind.queue for kind in [*step_types().values(), self._type]})
+        kinds = {kind.queue for kind in [*step_types().values(), self._type]}
+        queues = {(queue, lane): True for queue in kinds for lane in range(LANES)}
         found = self.record.sweep(queues, resend_after_s=0 if lossy else 60, reap=True)
         return found.sends + self.executor.share()
 

@@ -787,6 +787,80 @@ def test_a_registered_workflow_is_run_by_its_name(office: Office) -> None:
     assert [(name, version) for name, version, _ in office.record.registrations()] == [("shared", "1"), ("shared", "2")]
 
 
+# cache, concurrency, rate.
+
+
+def test_what_was_computed_once_is_taken_from_the_cache_by_other_runs(office: Office) -> None:
+    steps = {"k": act("x"), "a": act([1], cache={"key": "{{ k }}", "ttl": "1h"})}
+    first, second = office.run(steps), office.run(steps)
+    assert (office.output(second, "a"), office.output(first, "a"), office.did.count("a")) == ([1], [1], 1)
+    done: Any = [event for event in office.record.events(second) if event.type == "step.completed"][-1]
+    assert done.cached
+    other = office.run({**steps, "k": act("y")})
+    assert (office.said(other), office.did.count("a")) == (("completed", None), 2)
+
+
+@pytest.mark.parametrize("kind", ["completes", "fails"])
+def test_what_another_step_computes_is_waited_for_and_computed_by_another_when_it_fails(
+    office: Office, fare: str, kind: str
+) -> None:
+    step = {"type": "block", "steps": {"x": {"type": "wait", "signal": "go", "timeout": "9h"}, "y": act("{{ x }}")}}
+    steps = {"a": {**step, "cache": {"key": "k", "ttl": "1h", "scope": "global"}}}
+    first, second = office.run(steps), office.run(steps)
+    assert office.statuses(second) == {"a": "waiting"}
+    if kind == "completes":
+        send_signal(office, first, "go", "7")
+        assert office.output(second, "a") == 7
+        assert office.did == ["a.y"]
+    else:
+        office.says["a.y"] = failing()
+        send_signal(office, first, "go", "7")
+        assert office.said(first) == ("failed", "'a' failed")
+        office.says.clear()
+        send_signal(office, second, "go", "8")
+        assert office.output(second, "a") == 8
+    assert office.left_behind(second) == []
+
+
+def test_only_so_many_run_at_once_and_the_next_has_its_turn_when_one_ends(office: Office) -> None:
+    limit = {"concurrency": {"key": "{{ k }}", "limit": 1}}
+    steps = {"k": act("one"), "a": block({"x": {"type": "wait", "signal": "go"}}, **limit)}
+    first, second = office.run(steps), office.run(steps)
+    assert office.statuses(second) == {"k": "completed", "a": "waiting"}
+    send_signal(office, first, "go", "1")
+    assert office.said(first) == ("completed", None)
+    assert office.statuses(second) == {"k": "completed", "a": "waiting", "a.x": "waiting"}
+    send_signal(office, second, "go", "2")
+    assert (office.output(second, "a"), office.left_behind(second)) == (2, [])
+
+
+def test_a_slot_is_free_again_when_its_run_was_cancelled(office: Office) -> None:
+    steps = {"a": block({"x": {"type": "wait", "signal": "go"}}, concurrency={"key": "k", "limit": 1})}
+    first, second = office.run(steps), office.run(steps)
+    office.record.cancel(first, "ann")
+    office.go_on(office.executor.keep_shared())
+    assert office.statuses(second) == {"a": "waiting", "a.x": "waiting"}
+
+
+def test_a_step_that_waits_for_a_person_lets_others_in_meanwhile(office: Office) -> None:
+    limit = {"concurrency": {"key": "k", "limit": 1}}
+    run = office.run({"ask": {"type": "approval", "message": "?", **limit}, "a": act(1, **limit)})
+    assert office.statuses(run) == {"ask": "waiting", "a": "completed"}
+    sends = office.record.decide(run, "ask", Verdict(True, "ann"))
+    office.go_on([] if office.mute else sends)
+    assert (office.said(run), office.left_behind(run)) == (("completed", None), [])
+
+
+def test_only_so_many_start_in_a_time(office: Office) -> None:
+    step = act("{{ item }}", for_each=[1, 2], rate={"key": "k", "limit": 1, "per": "1h"})
+    run = office.run({"a": step})
+    assert sorted(office.statuses(run).values()) == ["completed", "waiting", "waiting"]
+    [waits] = [event for event in office.record.events(run) if event.type == "step.waiting" and event.kind == "limit"]
+    assert waits.wakes_in is not None
+    office.record.nudge(run)
+    office.record.cancel(run, "ann")
+
+
 # A worker that dies, a lease that is lost.
 
 
