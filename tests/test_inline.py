@@ -139,6 +139,21 @@ ALIKE: dict[str, Json] = {
     "a workflow that is given the wrong input": workflow(
         {"w": {"type": "workflow", "workflow": _INNER, "input": {"n": "{{ input.xs[0] == 1 ? 'x' : 'y' }}"}}}
     ),
+    "a workflow that takes too long": workflow(
+        {
+            "w": {
+                "type": "workflow",
+                "workflow": {"name": "inner", "steps": {"s": {"type": "wait", "signal": "never"}}},
+                "timeout": "100ms",
+                "fallback": [echo("{{ error }}")],
+            }
+        },
+        {"r": "{{ w }}"},
+    ),
+    "alternatives of what has its turn": workflow(
+        {"e": boom(for_each=[1, 2], concurrency={"key": "alt", "limit": 1}, fallback=[echo("{{ item }}")])},
+        {"r": "{{ e }}"},
+    ),
     "one at a time": workflow({"e": echo("{{ item }}", for_each=[1, 2], concurrency={"key": "k", "limit": 1})}),
     "the same is computed once": workflow(
         {
@@ -189,6 +204,32 @@ def test_a_workflow_goes_the_same_way_in_this_process_and_on_a_fleet(name: str, 
     }, str(here)
     events = ferrum.runs.record().events(run_id)
     assert _comparable(_story(here.events, here.result.run_id)) == _comparable(_story(events, run_id))
+
+
+def test_answers_and_signals_have_the_same_effect_in_this_process_and_on_a_fleet(worker: Any) -> None:
+    from fleet import ended, eventually
+
+    document = workflow(
+        {
+            "g": {"type": "approval", "message": "Go?"},
+            "w": {"type": "wait", "signal": "go", "needs": ["g"]},
+            "b": {"type": "approval", "message": "Sure?", "needs": ["w"], "on_error": "continue"},
+        },
+        {"r": ["{{ g.by }}", "{{ w }}", "{{ b }}"]},
+    )
+    run_id = ferrum.submit(document)
+    for step, approved in (("g", True), ("b", False)):
+        eventually(lambda step=step: (run_id, step) in {(one.run_id, one.step_id) for one in ferrum.approvals()})
+        ferrum.decide(run_id, step, approved=approved, by="ann")
+        if approved:
+            eventually(lambda: ferrum.runs.record().state(run_id).step("w").status == "waiting")
+            ferrum.runs.signal(run_id, "go", {"n": 1})
+    there = ended(run_id)
+    answers = {"g": Verdict(True, "ann"), "b": Verdict(False, "ann")}
+    here = run_inline(document, approvals=answers, signals={"go": Sent({"n": 1}, after_s=1)})
+    assert (here.status, here.outputs, here.reason) == (there.status, there.outputs, there.reason or "")
+    events = ferrum.runs.record().events(run_id)
+    assert _story(here.events, here.result.run_id) == _story(events, run_id)
 
 
 # What steps do.

@@ -394,6 +394,8 @@ class Attempt:
         if number < self._step.fallbacks:
             memory: JsonValue = {"fallback": number + 1, "errors": list[JsonValue](errors)}
             message = f"fallback {number + 1}: {errors[-1]}"
+            # Its own act is over, and so is its turn.
+            self._world.shared.limits.leave(self._who)
             return self._inside(Inside(message, label=f"fallback{number + 1}", items=[errors[-1]], memory=memory))
         data: dict[str, object] = {"error": errors[0], "errors": errors[1:]} if errors[1:] else {"error": errors[0]}
         if self._step.tolerated:

@@ -251,7 +251,7 @@ class Run:
         """Raises `Lost`."""
         state, step = self._held(claim), self.plan.step(claim.step_id)
         self._settle(state, usage)
-        self._end_inside(state, "the step that it is part of goes on without it")
+        self._end_inside(state)
         state.status, state.signal, state.frames, state.output = status, "", None, output
         state.error = str(data.get("error") or "")
         self._emit(f"step.{status}", claim.step_id, {**data, "usage": usage}, output)
@@ -274,7 +274,7 @@ class Run:
         state, step_id = self._held(claim), claim.step_id
         step = self.plan.step(step_id)
         self._settle(state, usage)
-        self._end_inside(state, "the step that it is part of goes on without it")
+        self._end_inside(state)
         state.status, state.kind, state.verdict, state.bound = StepStatus.WAITING, kind, None, bound
         state.task, state.message = None, str(data.get("message") or data.get("error") or "")
         state.awaited, state.memory = awaited, state.memory if memory is None else memory
@@ -558,17 +558,17 @@ class Run:
         elif state.ready:
             state.ready = False
             self._now_active -= 1
-        self._end_inside(state, "the step that it is part of ended")
+        self._end_inside(state)
         self._untimed(f"{step_id}!d")
         state.reserved = Usage()
         state.kind = ""
         state.token += 1
         self.world.let_go(self, step_id)
 
-    def _end_inside(self, state: State, reason: str) -> None:
+    def _end_inside(self, state: State) -> None:
         inside, state.inside = state.inside, None
         if inside is not None and inside.live():
-            inside._end(RunStatus.CANCELLED, {"reason": reason})
+            inside._end(RunStatus.CANCELLED, {"reason": "what it is part of has ended"})
 
     def _stop(self, state: State) -> None:
         if state.task is not None and state.task is not asyncio.current_task():
@@ -656,7 +656,7 @@ class Run:
             state.ready = False
             if not state.status.ended:
                 self.world.let_go(self, step_id)
-            self._end_inside(state, "the run that it is part of ended")
+            self._end_inside(state)
         ending = {"status": status.value, **data}
         if status is RunStatus.COMPLETED or not self._undo:
             self._really_end(ending, outputs)
