@@ -12,14 +12,18 @@ from by_hand import ByHand
 from ferrum.events import (
     ActDecided,
     Event,
+    RunCompensating,
     RunCreated,
     RunEnded,
     RunResumed,
     RunStarted,
     RunState,
     RunWaiting,
+    SignalReceived,
+    StepCancelled,
     StepCompleted,
     StepFailed,
+    StepKept,
     StepLost,
     StepResumed,
     StepSkipped,
@@ -165,6 +169,41 @@ def test_what_had_not_ended_when_its_run_did_is_cancelled() -> None:
     }  # fmt: skip
     assert state.step("unknown") == StepResult(step_id="unknown")
     assert state.step_outputs == {}
+
+
+def test_what_goes_on_when_a_run_begins_to_undo_is_cancelled_and_what_undoes_is_seen() -> None:
+    state = fold(
+        [
+            RunCreated(**at(1), workflow="w", version="1", plan="p"),
+            StepKept(**at(2), step="kept", origin="run_0", status=StepStatus.COMPLETED, output='{"v":7}'),
+            StepKept(**at(2), step="off", origin="run_0", status=StepStatus.SKIPPED),
+            StepStarted(**at(3), step="a", attempt=1, worker="w"),
+            StepStarted(**at(4), step="b", attempt=1, worker="w"),
+            StepCancelled(**at(5), step="b"),
+            SignalReceived(**at(6), name="go", by="ann"),
+            RunCompensating(**at(7), status=RunStatus.FAILED, reason="'c' failed"),
+        ]
+    )
+    assert (state.status, state.reason) == (RunStatus.COMPENSATING, "'c' failed")
+    assert {step: result.status.value for step, result in state.steps.items()} == {
+        "kept": "completed", "off": "skipped", "a": "cancelled", "b": "cancelled",
+    }  # fmt: skip
+    assert (state.step_outputs, state.passed_over) == ({"kept": '{"v":7}'}, {"off"})
+    undone = StepCompleted(**at(8), step="kept.compensate", seconds=1)
+    fold([undone, RunEnded(**at(9), status=RunStatus.FAILED, reason="'c' failed")], state)
+    assert (state.status, state.step("kept.compensate").status) == (RunStatus.FAILED, StepStatus.COMPLETED)
+
+
+def test_what_did_not_complete_and_need_not_is_known() -> None:
+    state = fold(
+        [
+            StepFailed(**at(1), step="may", error="no", tolerated=True),
+            StepFailed(**at(1), step="must", error="no"),
+            StepSkipped(**at(2), step="off", reason="its 'when' is false"),
+            StepSkipped(**at(2), step="behind", reason="'must' failed", cause="must"),
+        ]
+    )
+    assert state.passed_over == {"may", "off"}
 
 
 def test_folding_can_be_taken_up_again_after_any_event(record: Record) -> None:

@@ -311,6 +311,128 @@ def test_a_wide_plan_prints_shortly() -> None:
     assert "chain(group(chain(a, a2), b), end)" in str(chains)
 
 
+def t(**more: object) -> dict[str, object]:
+    return {"type": "task", "task": "t", **more}
+
+
+#: One of each way to have steps inside of a step.
+COMPOSED = {
+    "pick": {
+        "type": "switch",
+        "value": "{{ input.kind }}",
+        "cases": {"a b": t(), "x": {"steps": {"p": t(), "q": t(needs=["p"])}}},
+        "default": t(),
+    },
+    "each": t(
+        for_each="{{ pick }}", max_parallel=3, retry={"max_attempts": 2}, timeout="9s", fallback=[t()], compensate=t()
+    ),
+    "again": {
+        "steps": {"draft": t(), "check": t(needs=["draft"])},
+        "repeat": {"until": "check == 1", "max": 4},
+        "deadline": "1h",
+        "on_error": "continue",
+    },
+    "way": {"type": "router", "by": "cost", "among": {"one": t(), "two": t()}, "needs": ["again"]},
+    "nap": {"type": "wait", "for": "5m"},
+    "sub": {"type": "workflow", "name": "other", "input": {"x": "{{ nap }}"}},
+    "shared": t(
+        cache={"key": "k", "ttl": "1h"},
+        concurrency={"key": "db", "limit": 2},
+        rate={"key": "api", "limit": 5, "per": "1m"},
+        when="input.kind == 'x'",
+    ),
+    "long": t(for_each=list(range(60))),
+}
+
+
+@pytest.fixture(scope="module")
+def composed() -> Plan:
+    return Plan(Workflow.of({"name": "x", "inputs": {"kind": {"type": "string"}}, "steps": COMPOSED}))
+
+
+def test_a_plan_prints_what_is_inside_of_its_steps_and_what_changes_how_they_are_run(composed: Plan) -> None:
+    assert str(composed).splitlines() == [
+        "x 0  8 steps and 12 inside of them, 5 canvas",
+        "  pick                   switch    value {{ input.kind }}",
+        "    pick.case1           task",
+        "    pick.x.p             task",
+        "    pick.x.q             task      after p",
+        "    pick.default         task",
+        "  each                   for_each  after pick  over {{ pick }}, 3 at a time",
+        "    each.*               task      up to 2 tries  for at most 9 s each",
+        "      each.*.fallback1   task",
+        "      each.*.compensate  task",
+        "  again                  repeat    until check == 1, at most 4 rounds  within 3600 s in all  may fail",
+        "    again.*.draft        task",
+        "    again.*.check        task      after draft",
+        "  way                    router    after again  by cost",
+        "    way.one              task",
+        "    way.two              task",
+        "  nap                    wait      for 5m",
+        "  sub                    workflow  after nap  name other",
+        "  shared                 task      when input.kind == 'x'  cached  concurrency 2 of db  rate 5 of api",
+        "  long                   for_each  over [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, …",
+        "    long.*               task",
+        "canvas",
+        "  s0  chain(pick, each)",
+        "  s1  chain(again, way)",
+        "  s2  chain(nap, sub)",
+        "  s3  shared",
+        "  s4  long",
+        "  pick.x: s0  chain(p, q)",
+        "  again.*: s0  chain(draft, check)",
+        "edges on a canvas     pick → each, again → way, nap → sub, pick.x.p → pick.x.q, again.*.draft → again.*.check",
+        "joins by the record   none",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("head", "steps", "prefix"),
+    [
+        ("pick.x.p", ["p", "q"], "pick.x."),
+        ("each.7", [""], "each.7"),
+        ("again.3.draft", ["draft", "check"], "again.3."),
+        ("each.12.fallback1", [""], "each.12.fallback1"),
+        ("nap", ["nap", "sub"], ""),
+    ],
+)
+def test_a_step_in_a_frame_begins_the_segment_of_its_frame(
+    composed: Plan, head: str, steps: list[str], prefix: str
+) -> None:
+    segment, before = composed.starting_with(head)
+    assert (list(segment.steps), before) == (steps, prefix)
+    signatures = list(leaves(composed.canvas("run_0123", segment, before, lane=2)))
+    assert [one["args"][1] for one in signatures] == [before + step for step in steps]
+    assert {one["options"]["priority"] for one in signatures} == {2}
+
+
+def test_the_lane_of_a_plan_is_the_lower_the_more_urgent_it_is() -> None:
+    steps = {"a": t()}
+    assert [Plan(Workflow.of({"name": "x", "steps": steps, "priority": n})).lane for n in (0, 5, 9)] == [9, 4, 0]
+
+
+def test_every_edge_of_every_frame_is_known_to_the_record(composed: Plan) -> None:
+    nodes = {step: json.loads(text) for step, text in composed.nodes().items()}
+    frames = {step: node for step, node in nodes.items() if step.startswith(" f:")}
+    assert frames.keys() == {f" f:{frame}" for frame in composed.bodies}
+    assert {root[0] for root in frames[" f:again.*"]["r"]} == {"draft"}
+    assert nodes["again.*.draft"]["x"] == [["check", 1, 1, "ferrum.task", "s0", 0]]
+    assert nodes["again"]["d"] == 3_600_000
+    # Whoever undoes is reached by no edge, only by its name.
+    assert nodes["each.*.compensate"]["kr"] == 1
+    assert nodes["each.*"]["c"] == 1
+
+
+def test_what_an_input_or_a_step_leads_to_is_known(composed: Plan) -> None:
+    assert composed.reading(["kind"]) == ["pick", "shared"]
+    assert composed.reading(["other"]) == []
+    assert composed.behind(["pick", "nap"]) == {"pick", "each", "nap", "sub"}
+    whole = Plan(
+        Workflow.of({"name": "x", "inputs": {"q": {"type": "string"}}, "steps": {"a": t(input={"x": "{{ input }}"})}})
+    )
+    assert whole.reading(["q"]) == ["a"]
+
+
 # What is wrong in a workflow.
 
 
