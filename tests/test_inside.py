@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fleet import eventually
 from office import Deaf, Given, Office
 from pydantic import JsonValue
 
 from ferrum.artifacts import Artifacts
 from ferrum.errors import Conflict, NotFound, StepError
+from ferrum.governance.policy import Policy
 from ferrum.loop import LoopThread
-from ferrum.plan import _remembered
-from ferrum.record import MAX_SIGNALS, Record, Verdict
+from ferrum.plan import Plan, _remembered
+from ferrum.record import MAX_SIGNALS, Claimed, Held, Record, Resend, Verdict, base_of, new_run_id
 from ferrum.results import RunStatus, StepStatus, Usage
+from ferrum.scripts import Who
 from ferrum.steps import Attempt, step_types
 
 #: How a fleet may fare; what comes of a run is the same.
@@ -368,9 +372,7 @@ def test_a_router_passes_what_is_failing_by(office: Office) -> None:
     assert (office.output(run, "a"), office.did) == (2, ["a.y"])
 
 
-def _who(number: int) -> Any:
-    from ferrum.scripts import Who
-
+def _who(number: int) -> Who:
     return Who("run", f"s{number}")
 
 
@@ -460,8 +462,6 @@ def test_what_undoes_and_lost_its_worker_is_done_by_another(office: Office) -> N
     run = office.submit({"a": act(1, compensate=undo()), "b": act(1, needs=["a"])})
     for step in ("a", "b"):
         office.attempt(run, step)
-    from ferrum.record import Claimed, Held
-
     held = Held(run, "a.compensate", "dead#1")
     assert isinstance(office.record.claim(held, "dead", 0.001), Claimed)
     office.go_on(_swept(office))
@@ -471,8 +471,6 @@ def test_what_undoes_and_lost_its_worker_is_done_by_another(office: Office) -> N
 
 def _swept(office: Office) -> list[Any]:
     """What the sweeper finds, as soon as it finds something."""
-    from fleet import eventually
-
     return list(eventually(office.sweep, every_s=0.005))
 
 
@@ -489,6 +487,78 @@ def test_each_item_is_undone(office: Office) -> None:
     assert office.output(run, "a.0.compensate") == [1, 1, 1]
     assert office.output(run, "a.1.compensate") == [2, 2, 2]
     assert office.said(run) == ("failed", "'b' failed")
+
+
+# What the policy has against it.
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        {"for_each": [1, 2]},
+        {"repeat": {"until": "a == 1", "max": 2}},
+        {"fallback": [{"type": "tool", "tool": "git.log", "input": {}}]},
+        {},
+    ],
+)
+def test_what_the_policy_denies_inside_of_a_step_blocks_the_run(
+    office: Office, fare: str, around: dict[str, Any]
+) -> None:
+    office.executor.policy = Policy.of({})
+    call = {"type": "tool", "tool": "git.log", "input": {}}
+    run = office.run({"a": call | around if around else block({"x": call})})
+    status, reason = office.said(run)
+    assert (status, "nothing allows tool 'git.log'" in (reason or "")) == ("policy_blocked", True)
+    assert office.left_behind(run) == []
+
+
+def test_what_is_denied_and_may_fail_blocks_nothing(office: Office) -> None:
+    office.executor.policy = Policy.of({})
+    call = {"type": "tool", "tool": "git.log", "input": {}}
+    run = office.run({"a": block({"x": {**call, "on_error": "continue"}}), "b": {**call, "on_error": "continue"}})
+    assert office.said(run) == ("completed", None)
+    run = office.run({"a": call | {"for_each": [1], "on_error": "collect"}})
+    assert office.said(run) == ("completed", None)
+
+
+def test_a_denied_step_of_a_router_gives_way_to_the_next_and_is_not_held_against_its_target(office: Office) -> None:
+    office.executor.policy = Policy.of({})
+    among = {"x": {"type": "tool", "tool": "git.log", "input": {}, "tier": 2}, "y": act("y", tier=1)}
+    run = office.run({"a": router(among, by="tier")})
+    assert (office.output(run, "a"), office.said(run)) == ("y", ("completed", None))
+    assert office.executor.shared.breaker.health(["git"])["git"].failures == 0
+
+
+# Where a run is served.
+
+
+def test_of_a_wide_fan_out_only_the_first_items_are_served_as_the_run_is(office: Office) -> None:
+    run = office.submit({"a": act(1, for_each=list(range(103)))})
+    lanes = {one.step_id: one.lane for one in office.attempt(run, "a").sends}
+    if lanes:  # Else they were said once, and not heard.
+        assert (lanes["a.0"], lanes["a.99"], lanes["a.100"], lanes["a.102"]) == (4, 4, 9, 9)
+    office.go_on([])
+    office.go_on([] if office.mute else [Resend(run, step, "", lane) for step, lane in lanes.items()])
+    assert (office.said(run), office.left_behind(run)) == (("completed", None), [])
+
+
+def test_who_has_many_runs_waits_behind_who_has_few(office: Office) -> None:
+    def lane_of(run: str) -> Any:
+        return office.record._redis.hget(f"{base_of(run)}:run:{run}", "lane")
+
+    plan = Plan.of({"name": "x", "steps": {"a": act(1)}})
+    first = new_run_id("one partition")
+
+    def begin(tenant: str, *, beside: str = first) -> str:
+        made = plan.new_run(new_run_id(beside=beside), None, '{"v":{}}', tenant=tenant)
+        return office.record.create(made)
+
+    many = [begin("many") for _ in range(9)]
+    assert [lane_of(run) for run in many] == ["4"] * 8 + ["9"]
+    assert lane_of(begin("few")) == "4"
+    for run in many[:2]:
+        office.record.cancel(run, "ann")
+    assert lane_of(begin("many")) == "4"
 
 
 # deadline.
@@ -748,8 +818,6 @@ def test_a_budget_of_the_step_is_that_of_the_run_inside(office: Office) -> None:
 
 
 def test_a_policy_that_blocks_the_run_inside_blocks_the_one_around_it(office: Office) -> None:
-    from ferrum.governance.policy import Policy
-
     office.executor.policy = Policy.of({})
     run = office.run({"a": inner({"x": {"type": "tool", "tool": "git.log", "input": {}}})})
     assert office.said(run)[0] == "policy_blocked"
@@ -765,8 +833,6 @@ def test_runs_are_inside_of_each_other_only_so_deep(office: Office, monkeypatch:
 
 
 def test_a_registered_workflow_is_run_by_its_name(office: Office) -> None:
-    import json
-
     def document(value: int) -> str:
         return json.dumps({"name": "shared", "steps": {"x": act(value)}, "outputs": {"v": "{{ x }}"}})
 
@@ -865,8 +931,6 @@ def test_only_so_many_start_in_a_time(office: Office) -> None:
 
 
 def test_a_composed_step_whose_worker_died_goes_on_with_what_is_inside_of_it(office: Office) -> None:
-    from ferrum.record import Claimed, Held
-
     run = office.submit({"a": block({"x": act(1), "y": act("{{ x }}")})})
     held = Held(run, "a", "dead#1")
     assert isinstance(office.record.claim(held, "dead", 0.001), Claimed)
@@ -875,8 +939,6 @@ def test_a_composed_step_whose_worker_died_goes_on_with_what_is_inside_of_it(off
 
 
 def test_a_composed_step_whose_worker_died_after_its_parts_had_ended_does_not_do_them_again(office: Office) -> None:
-    from ferrum.record import Claimed, Held
-
     run = office.submit({"a": block({"x": act(1)})})
     office.attempt(run, "a")
     office.attempt(run, "a.x")

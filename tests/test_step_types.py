@@ -21,8 +21,9 @@ from ferrum.errors import Denied, ModelError, OutputError, SettingsError, StepEr
 from ferrum.governance.acts import ModelCall, ModelReply, ToolCall, ToolReply
 from ferrum.record import Verdict
 from ferrum.settings import Settings
-from ferrum.steps import Park, step_types
+from ferrum.steps import Health, Inside, Park, step_types
 from ferrum.testing.actors import ScriptedActors
+from ferrum.workflow import Workflow
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Try:
     step_id: str = "a"
     number: int = 1
     idempotency_key: str = "run_0123.a"
+    memory: Any = None
 
     async def perform(self, act: Any) -> Any:
         if isinstance(act, ModelCall):
@@ -329,6 +331,128 @@ def test_what_is_given_is_kept_under_its_hash(store: Artifacts, given: dict[str,
     expected = {"name": given["name"], "artifact": digest, "size": len(kept), "media_type": said}
     assert Try().at("artifact", **given) == expected
     assert store.get(Ref(digest=digest, size=len(kept), media_type=said)) == kept
+
+
+# wait
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({}, "one of 'for', 'until' and 'signal', not none"),
+        ({"for": "1s", "signal": "go"}, "not for and signal"),
+        ({"until": "tomorrow"}, "'tomorrow' is no time as ISO 8601"),
+        ({"until": "2026-12-24T18:00:00"}, "does not say in which time zone"),
+    ],
+)
+def test_a_wait_is_for_one_thing_that_can_come(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        step_types()["wait"].params.model_validate(wrong)
+
+
+def test_a_time_may_be_known_only_at_run_time() -> None:
+    step_types()["wait"].params.model_validate({"until": "{{ input.when }}"})
+
+
+def test_a_time_that_has_passed_is_not_waited_for() -> None:
+    assert Try().at("wait", until="2020-01-01T00:00:00Z") is None
+    assert Try(memory=1.0).at("wait", **{"for": "1h"}) is None
+
+
+# workflow
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({}, "either a 'file' or 'workflow', or the 'name'"),
+        ({"name": "x", "workflow": {}}, "either a 'file' or 'workflow', or the 'name'"),
+        ({"workflow": {}, "version": "1"}, "'version' goes with the 'name'"),
+    ],
+)
+def test_a_workflow_inside_is_said_in_one_way(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        step_types()["workflow"].params.model_validate(wrong)
+
+
+# router
+
+
+@dataclass
+class Routed(Try):
+    """An attempt of a router, and how the targets of its steps are doing."""
+
+    spec: Any = None
+    ill: dict[str, Health] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
+
+    def health(self, targets: Any) -> dict[str, Health]:
+        return {name: self.ill.get(name, Health(usable=True)) for name in targets}
+
+    def allowed(self, target: str) -> bool:
+        return target not in self.refused
+
+    def choice(self, **params: Any) -> str:
+        """What it lets run, and why."""
+        with pytest.raises(Inside) as caught:
+            self.at("router", **params)
+        return caught.value.message
+
+
+def among(**routes: dict[str, Any]) -> Any:
+    task = {"type": "task", "task": "t"}
+    steps = {"a": {"type": "router", "among": {name: task | route for name, route in routes.items()}}}
+    return Workflow.of({"name": "x", "steps": steps}).steps["a"]
+
+
+@pytest.mark.parametrize(
+    ("params", "chosen"),
+    [
+        ({"by": "cost"}, "'cheap', the best by cost of 3"),
+        ({"by": "latency"}, "'quick', the best by latency of 3"),
+        ({"by": "tier"}, "'good', the best by tier of 3"),
+        ({"by": "health"}, "'good', the best by health of 3"),
+        ({"by": ["health", "cost"]}, "'cheap', the best by health, cost of 3"),
+        ({"by": "tier", "max_cost": 3}, "'quick', the best by tier of 2; 'good' costs too much"),
+        ({"by": "tier", "max_latency": 150}, "'quick', the only one left; 'good' is too slow, 'cheap' is too slow"),
+        ({"by": "cost", "min_tier": 3}, "'good', the only one left; 'cheap' is of too low a tier, 'quick' is of too"),
+    ],
+)
+def test_a_router_chooses_by_what_it_was_told_and_says_why(params: dict[str, Any], chosen: str) -> None:
+    spec = among(
+        good={"tier": 3, "cost": 9, "latency": 900},
+        cheap={"tier": 1, "cost": 1, "latency": 500},
+        quick={"tier": 2, "cost": 2, "latency": 100},
+    )
+    assert Routed(spec=spec).choice(**params).startswith(chosen)
+
+
+def test_a_router_goes_by_how_long_it_really_took_and_what_is_not_known_comes_last() -> None:
+    spec = among(said={"latency": 100}, measured={"latency": 900}, unknown={})
+    ill = {"measured": Health(usable=True, latency_ms=5)}
+    assert Routed(spec=spec, ill=ill).choice(by="latency").startswith("'measured'")
+    assert Routed(spec=among(unknown={}, dear={"cost": 5})).choice(by=["tier", "cost"]).startswith("'dear'")
+
+
+def test_a_router_asks_the_next_where_another_step_tries_whether_the_best_is_well_again() -> None:
+    spec = among(best={"cost": 1}, next={"cost": 2})
+    assert Routed(spec=spec, refused={"best"}).choice(by="cost") == "'next', the only one left; 'best' is failing"
+    with pytest.raises(StepError, match="nothing is left to choose: 'best' is failing, 'next' is failing"):
+        Routed(spec=spec, ill={"next": Health(usable=False)}, refused={"best"}).at("router", by="cost")
+
+
+def test_the_health_of_a_routers_step_is_that_of_its_target_model_or_server() -> None:
+    steps = {
+        "own": {"type": "task", "task": "t", "target": "db"},
+        "model": {"type": "llm", "model": "openai/x", "prompt": "p"},
+        "tool": {"type": "tool", "tool": "git.log"},
+        "name": {"type": "task", "task": "t"},
+    }
+    spec = Workflow.of({"name": "x", "steps": {"a": {"type": "router", "among": steps}}}).steps["a"]
+    target_of = sys.modules[type(step_types()["router"]).__module__].target_of
+    assert {name: target_of(name, step) for name, step in spec.among.items()} == {
+        "own": "db", "model": "openai/x", "tool": "git", "name": "name",
+    }  # fmt: skip
 
 
 # The double itself.
