@@ -17,7 +17,7 @@ from pydantic import JsonValue
 
 from ferrum import events
 from ferrum.events import Event
-from ferrum.governance.budget import Limits, counters, passed
+from ferrum.governance.budget import Limits, ceilings, counters, passed
 from ferrum.inline.script import Said
 from ferrum.plan import Body, Plan, PlannedStep
 from ferrum.record import Verdict
@@ -30,6 +30,7 @@ _LIVE = frozenset({RunStatus.QUEUED, RunStatus.RUNNING, RunStatus.WAITING_APPROV
 #: What waits for a person, and what waits for what is inside of it, which is counted itself.
 ASKS = frozenset({"approval", "ask"})
 CHILDREN, RUN = "children", "run"
+_NOTHING = Usage()
 
 _UNPRICED = "budget.cost_usd is set, but a model has no price: add it to the price file (FERRUM_PRICES)"
 
@@ -82,7 +83,7 @@ class State:
     #: The run that it waits for, and whether that one waits for people only.
     inside: Run | None = None
     inside_asks: bool = False
-    reserved: Usage = field(default_factory=Usage)
+    reserved: Usage = field(default_factory=lambda: _NOTHING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +260,7 @@ class Run:
             state.tolerated, state.denied = step.tolerated, denied
             if denied and self._is_top(claim.step_id) and not step.tolerated:
                 self._denial = self._denial or denied
-        if over := self._passes(Usage()):
+        if over := self._passes(_NOTHING):
             self._kill(*over)
         else:
             self._conclude(claim.step_id, state)
@@ -290,7 +291,7 @@ class Run:
         if kind == CHILDREN:
             state.frames = frames
             self._now_active -= 1
-        if over := self._passes(Usage()):
+        if over := self._passes(_NOTHING):
             self._kill(*over)
         elif kind in ASKS:
             self._now_active, self._now_asking = self._now_active - 1, self._now_asking + 1
@@ -560,7 +561,7 @@ class Run:
             self._now_active -= 1
         self._end_inside(state)
         self._untimed(f"{step_id}!d")
-        state.reserved = Usage()
+        state.reserved = _NOTHING
         state.kind = ""
         state.token += 1
         self.world.let_go(self, step_id)
@@ -695,21 +696,22 @@ class Run:
         return [] if self.up is None else [self.up[0], *self.up[0]._above()]
 
     def reserved(self) -> Usage:
-        return sum((state.reserved for state in self.steps.values()), Usage()) + sum(
-            (run.reserved() for run in self.world.runs.values() if run.up and run.up[0] is self), Usage()
-        )
+        own = sum((state.reserved for state in self.steps.values() if state.reserved), Usage())
+        return sum((run.reserved() for run in self.world.runs.values() if run.up and run.up[0] is self), own)
 
     def _settle(self, state: State, used: Usage) -> None:
-        state.reserved = Usage()
-        for run in (self, *self._above()):
-            run.spent += used
+        state.reserved = _NOTHING
+        if used:
+            for run in (self, *self._above()):
+                run.spent += used
 
     def _passes(self, wanted: Usage) -> tuple[str, Run] | None:
         """The limit that would be passed, and the run whose limit it is. What undoes is not kept from it."""
         if self.status is RunStatus.COMPENSATING:
             return None
         for run in (self, *self._above()):
-            if run.status in _LIVE and (row := passed(run.limits, run.spent, run.reserved(), wanted)):
+            limited = run.status in _LIVE and ceilings(run.limits)
+            if limited and (row := passed(run.limits, run.spent, run.reserved(), wanted)):
                 return row.value, run
         return None
 
