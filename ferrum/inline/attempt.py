@@ -124,7 +124,7 @@ class Attempt:
 
     @property
     def own_label(self) -> str:
-        return "" if "" in self._step.bodies else str(self.number)
+        return "" if "" in self._step.bodies else str(self._state.failed_tries + 1)
 
     def signal(self) -> tuple[JsonValue] | None:
         return (self._opened(self._state.signal),) if self._state.signal else None
