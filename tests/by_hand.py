@@ -49,6 +49,8 @@ class ByHand:
             limits=ceilings(limits or Limits()),
             wall_time_s=wall_time_s,
             keep_s=keep_s,
+            # No other test's runs put it behind them.
+            tenant=self.queue,
         )
         self.run_id = record.create(self.new)
         self.held: dict[str, Held] = {}
@@ -113,10 +115,11 @@ class ByHand:
         wake_in_s: float | None = None,
         usage: Usage | None = None,
         bound: str = "",
-    ) -> None:
-        self.record.park(
+        **more: Any,
+    ) -> Ended:
+        return self.record.park(
             self.held[step], kind, "its signature", {"attempt": 1},
-            wake_in_s=wake_in_s, usage=usage or Usage(), bound=bound,
+            wake_in_s=wake_in_s, usage=usage or Usage(), bound=bound, **more,
         )  # fmt: skip
 
     def sweep(self, *, empty: bool = True, resend_after_s: float = 60, reap: bool = True) -> list[Resend]:

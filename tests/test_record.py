@@ -27,6 +27,7 @@ from ferrum.record import (
     Claimed,
     Dropped,
     Ended,
+    Frames,
     Held,
     Lost,
     Need,
@@ -40,6 +41,7 @@ from ferrum.record import (
     new_run_id,
 )
 from ferrum.results import RunStatus, StepStatus, Usage
+from ferrum.workflow import Workflow
 
 CHAIN = {"a": [], "b": ["a"], "c": ["b"]}
 DIAMOND = {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"]}
@@ -706,6 +708,146 @@ def test_active_and_asking_add_up_to_nothing_when_every_step_has_ended(record: R
     run.finish("e", StepStatus.FAILED)
     run.claim("f")
     assert client.hmget(f"{base_of(run.run_id)}:run:{run.run_id}", "active", "asking", "left") == ["0", "0", "0"]
+
+
+# Frames.
+
+
+def fan_out(record: Record, **frames: Any) -> tuple[ByHand, tuple[Resend, ...]]:
+    """A run whose step `a` has begun to wait for frames of one step each, and what that sent."""
+    workflow = Workflow.of({"name": "x", "steps": {"a": {"type": "task", "task": "t", "for_each": [1]}}})
+    run = ByHand(record, workflow)
+    run.begin("a")
+    record.spread(run.held["a"], [(f"a.{number}", f'{{"v":{number}}}') for number in range(frames["total"])])
+    return run, run.park("a", "children", frames=Frames(None, **frames)).sends
+
+
+def began(ended: Ended | tuple[Resend, ...]) -> list[str]:
+    return [one.step_id for one in (ended.sends if isinstance(ended, Ended) else ended)]
+
+
+def test_so_many_frames_begin_as_there_may_be_at_a_time_and_another_when_one_ends(record: Record) -> None:
+    run, sends = fan_out(record, total=4, window=2)
+    assert began(sends) == ["a.0", "a.1"]
+    assert run.claim("a.2") == Dropped("it was not begun")
+    assert began(run.do("a.1")) == ["a.2"]
+    assert began(run.do("a.0")) == ["a.3"]
+    assert run.do("a.3") == Ended()
+    assert run.do("a.2").sends == (Resend(run.run_id, "a", "its signature"),)
+    run.do("a")
+    assert record.status(run.run_id) is RunStatus.COMPLETED
+
+
+def test_frames_begin_together_once_there_is_room_for_so_many(record: Record) -> None:
+    run, sends = fan_out(record, total=7, window=4, chunk=2)
+    assert began(sends) == ["a.0", "a.1", "a.2", "a.3"]
+    assert began(run.do("a.0")) == []
+    assert began(run.do("a.1")) == ["a.4", "a.5"]
+    assert [began(run.do(step)) for step in ("a.2", "a.3")] == [[], ["a.6"]]
+    assert [began(run.do(step)) for step in ("a.4", "a.5", "a.6")] == [[], [], ["a"]]
+
+
+def test_a_frame_that_fails_ends_the_wait_once_and_no_other_begins(record: Record) -> None:
+    run, _ = fan_out(record, total=5, window=3, fail_fast=True)
+    run.begin("a.0")
+    run.begin("a.1")
+    run.finish("a.1", StepStatus.FAILED)
+    assert run.claim("a.3") == Dropped("it was not begun")
+    run.begin("a")
+    # Its parts go on until it has ended, too.
+    assert began(run.finish("a.0")) == []
+    run.begin("a.2")
+    run.finish("a", StepStatus.FAILED)
+    with pytest.raises(Lost):
+        run.finish("a.2")
+    assert {step: one.status.value for step, one in record.state(run.run_id).steps.items()} == {
+        "a": "failed", "a.0": "completed", "a.1": "failed", "a.2": "cancelled",
+    }  # fmt: skip
+    assert (began(run.sweep(resend_after_s=0)), record.renew([run.held["a.2"]], 60)) == ([], [run.held["a.2"]])
+
+
+def test_what_frames_came_to_is_read_back(record: Record) -> None:
+    run, _ = fan_out(record, total=3, window=3)
+    run.do("a.0")
+    run.begin("a.1")
+    run.finish("a.1", StepStatus.FAILED, denied="not that")
+    done, failed, waits = record.frame_ends(run.run_id, ["a.0", "a.1", "a.2"], [""])
+    assert (done.over, done.ends) == (True, {"": Need(StepStatus.COMPLETED, '{"v":1}')})
+    assert (failed.over, failed.failed, failed.error, failed.denied) == (True, "a.1", "no", "not that")
+    assert (waits.over, waits.ends) == (False, {})
+
+
+def test_an_item_is_what_its_frame_was_given(record: Record) -> None:
+    each = {"type": "task", "task": "t", "input": {"x": "{{ item }}"}, "for_each": [1]}
+    run = ByHand(record, Workflow.of({"name": "x", "steps": {"a": each}}))
+    run.begin("a")
+    for _ in range(2):
+        record.spread(run.held["a"], [("a.0", '{"v":"first"}'), ("a.1", '{"v":"second"}')])
+    run.park("a", "children", frames=Frames(None, 2, window=2))
+    assert run.begin("a.1").needs["item"] == Need(StepStatus.COMPLETED, '{"v":"second"}')
+    with pytest.raises(Lost):
+        record.spread(run.held["a"], [("a.0", '{"v":"late"}')])
+    assert run.begin("a.0").needs["item"].output == '{"v":"first"}'
+
+
+def test_a_nudge_and_a_lost_message_reach_what_is_inside_of_a_step(record: Record) -> None:
+    run, _ = fan_out(record, total=2, window=2)
+    assert sorted(began(record.nudge(run.run_id))) == ["a.0", "a.1"]
+    assert sorted(one.step_id for one in run.sweep(resend_after_s=0)) == ["a.0", "a.1"]
+    run.begin("a.0", lease_s=0)
+    assert [one.step_id for one in run.sweep()] == ["a.0"]
+    run.begin("a.0")
+    run.park("a.0", "retry", wake_in_s=60)
+    assert sorted(began(record.nudge(run.run_id))) == ["a.0", "a.1"]
+    run.do("a.0", "a.1")
+    assert run.begin("a").attempt == 1
+
+
+def test_a_step_inside_that_took_too_many_workers_with_it_fails_and_ends_the_wait(record: Record) -> None:
+    run, _ = fan_out(record, total=1)
+    sent: list[Resend] = []
+    for _ in range(MAX_LOST + 1):
+        run.begin("a.0", lease_s=0)
+        sent = run.sweep()
+    assert [(one.step_id, one.signature) for one in sent] == [("a", "its signature")]
+    assert record.state(run.run_id).step("a.0").status is StepStatus.FAILED
+
+
+def test_the_last_step_that_took_too_many_workers_with_it_closes_its_run(record: Record) -> None:
+    step = {"type": "task", "task": "t", "on_error": "continue"}
+    run = ByHand(record, Workflow.of({"name": "x", "steps": {"a": step}, "outputs": {"r": "{{ a }}"}}))
+    for _ in range(MAX_LOST + 1):
+        run.begin("a", lease_s=0)
+        sent = run.sweep()
+    assert sent == [Resend(run.run_id, "a", "")]
+    assert run.claim("a") == Ended(close=True)
+
+
+def test_a_run_inside_of_one_that_has_ended_is_not_begun(record: Record) -> None:
+    run = ByHand(record, {"a": []})
+    record.cancel(run.run_id, "ann")
+    inside = replace(run.new, run_id=new_run_id(beside=run.run_id), parent=(run.run_id, "a"))
+    with pytest.raises(Lost):
+        record.create(inside)
+
+
+def test_the_sweeper_knows_when_the_next_timer_is_due(record: Record, clean_redis: str) -> None:
+    assert record.sweep({}, resend_after_s=60, reap=True).next_in_s is None
+    run = ByHand(record, {"a": [], "b": []})
+    for step, wake_in_s in (("a", 60), ("b", 9)):
+        run.begin(step)
+        run.park(step, wake_in_s=wake_in_s)
+    due = record.sweep({}, resend_after_s=60, reap=True).next_in_s
+    assert due is not None
+    assert 0 < due <= 9
+
+
+def test_a_question_of_a_run_that_is_gone_is_asked_no_more(record: Record, client: redis.Redis) -> None:
+    gone = new_run_id()
+    asks = f"{base_of(gone)}:asks"
+    client.zadd(asks, {f"{gone} a": 1})
+    assert gone not in [one.run_id for one in record.asked()]
+    assert client.zscore(asks, f"{gone} a") is None
 
 
 # Cancelling, nudging.

@@ -224,3 +224,44 @@ def test_resuming_sends_what_could_go_on(queue: Queue) -> None:
     park(run_id, "a", "retry", signature=json.dumps(runs.plan_of(run_id).signature(run_id, "a")))
     runs.resume(run_id)
     assert sorted(queue.take()) == ["a", "b"]
+
+
+# Signals, priorities, names.
+
+
+def test_a_signal_sends_the_step_that_waited_for_it(queue: Queue) -> None:
+    run_id = ferrum.submit(workflow({"a": TASK}))
+    queue.take()
+    signature = json.dumps(runs.plan_of(run_id).signature(run_id, "a"))
+    runs.record().park(
+        claim(run_id, "a"), "signal", signature, {"attempt": 1}, wake_in_s=None, usage=Usage(), awaited="go"
+    )
+    runs.signal(run_id, "stop", 1)
+    assert queue.take() == []
+    runs.signal(run_id, "go", {"x": 1}, by="ann")
+    assert queue.take() == ["a"]
+
+
+def test_a_priority_chooses_the_lane_and_is_one_of_ten(queue: Queue) -> None:
+    run_id = ferrum.submit(workflow({"a": TASK}), priority=9)
+    assert queue.client.llen(lane("ferrum.task", 0)) == 1
+    ferrum.submit(workflow({"a": TASK}, priority=0))
+    assert queue.client.llen(lane("ferrum.task", 9)) == 1
+    for wrong in (10, -1, True):
+        with pytest.raises(InputError, match="a priority is a whole number from 0 to 9"):
+            ferrum.submit(workflow({"a": TASK}), priority=wrong)
+    assert runs.record().status(run_id) is RunStatus.QUEUED
+
+
+def test_workflows_that_need_each_other_are_not_registered(queue: Queue) -> None:
+    def needs(name: str, *others: str) -> dict[str, object]:
+        steps = {other: {"type": "workflow", "name": other} for other in others}
+        return {"name": name, "version": "1", "steps": {**steps, "own": {"steps": {"t": TASK}}}}
+
+    assert runs.register(needs("one", "two", "three")) == ("one", "1")
+    runs.register(needs("two", "three"))
+    with pytest.raises(WorkflowError, match="these workflows need each other: three -> one -> two -> three"):
+        runs.register(needs("three", "one"))
+    with pytest.raises(WorkflowError, match="these workflows need each other: self -> self"):
+        runs.register(needs("self", "self"))
+    runs.register(needs("three"))
