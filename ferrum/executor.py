@@ -567,7 +567,8 @@ class _Attempt:
 
     @property
     def own_label(self) -> str:
-        return "" if "" in self._step.bodies else str(self.number)
+        # Not of the attempt: one that died with its worker was no try.
+        return "" if "" in self._step.bodies else str(self._claim.failed_tries + 1)
 
     def frame(self, label: str) -> Done:
         frame = f"{self.step_id}.{label}" if label else self.step_id
@@ -612,7 +613,8 @@ class _Attempt:
         document = dict(workflow) if budget is None else {**workflow, "budget": dict(budget)}
         plan = self._executor.remember(Plan.of(document))
         checked = plan.workflow.check_input(input)
-        key = f"{self.idempotency_key}#{self.number}"
+        # Whoever had this try before may have died when the run was there and the step not yet parked.
+        key = f"{self.idempotency_key}#{self._claim.failed_tries + 1}"
         run = plan.new_run(
             new_run_id(beside=self.run_id), key, self._executor.artifacts.keep(checked).dumps(),
             parent=(self.run_id, self.step_id),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,18 +14,25 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import hypothesis
 import pytest
+import redis
 import twice
 from fleet import Fleet, assert_events_agree, eventually, lines
 from hypothesis import HealthCheck, Phase, given
+from office import Office
 from random_workflows import workflows
 from reference import COMPLETED, Expected, Seen, expected
 
 import ferrum
+from ferrum.artifacts import Artifacts
 from ferrum.events import Event, RunCreated, StepCompleted
+from ferrum.executor import Then
+from ferrum.loop import LoopThread
+from ferrum.record import NewRun, Record, base_of
 from ferrum.runs import RunView, record
 
 EXAMPLES = int(os.environ.get("LANGUAGE_EXAMPLES", "25"))
@@ -325,18 +331,128 @@ def test_random_workflows_come_to_the_same_when_every_message_is_delivered_twice
     assert_as_said(redis_url, log, documents, runs)
 
 
+#: A worker that is killed, now and then, as it talks to Redis.
+MORTAL = {"FERRUM_IMPORTS": "user_tasks,mortal", "MORTAL": "1500"}
+
+
 @pytest.mark.timeout(60 + 8 * EXAMPLES)
 def test_random_workflows_come_to_the_same_when_workers_are_killed(fleet: Fleet, redis_url: str, log: Path) -> None:
-    alive = [fleet.start("-c", "8"), fleet.start("-c", "8")]
-    chance = random.Random(SEED)
     documents = some(EXAMPLES, SEED + 2)
     runs = submit(documents)
-    for _ in range(EXAMPLES // 5):
-        victim = alive.pop(chance.randrange(2))
-        so_far = len(lines(log))
-        eventually(lambda enough=so_far + 2: len(lines(log)) > enough or all_ended(runs))
-        victim.send_signal(signal.SIGKILL)
-        victim.wait()
-        alive.append(fleet.start("-c", "8"))
+    killed = outlive_some_workers(fleet, runs)
     wait_for(runs, documents)
+    assert killed, "nobody died: the test proved nothing"
     assert_as_said(redis_url, log, documents, runs, killed=True)
+
+
+def outlive_some_workers(fleet: Fleet, runs: Sequence[str]) -> int:
+    """Two workers work on these; in the place of each that is killed another begins. How many were."""
+    most = 3 + EXAMPLES // 5
+    alive = [start_mortal(fleet), start_mortal(fleet)]
+    killed = 0
+
+    def one_died() -> bool:
+        return any(worker.poll() is not None for worker in alive)
+
+    while killed < most:
+        eventually(lambda: one_died() or all_ended(runs), timeout_s=30 + EXAMPLES)
+        if not one_died():
+            return killed
+        alive = [worker for worker in alive if worker.poll() is None]
+        killed += 2 - len(alive)
+        alive += [start_mortal(fleet) for _ in range(2 - len(alive))]
+    # Now they shall get on with it.
+    for worker in alive:
+        worker.kill()
+        worker.wait()
+        fleet.start("-c", "8")
+    return killed
+
+
+def start_mortal(fleet: Fleet) -> Popen[bytes]:
+    """A worker that lives for long enough to be ready."""
+    while True:
+        try:
+            return fleet.start("-c", "8", **MORTAL)
+        except AssertionError:
+            assert fleet.workers[-1].poll() == -signal.SIGKILL, fleet.log(len(fleet.workers) - 1).read_text()[-4000:]
+
+
+# What once went wrong.
+
+
+class _Killed(BaseException):
+    """Of a worker that died here."""
+
+
+@pytest.fixture
+def office(clean_redis: str, tmp_path: Path) -> Iterator[Office]:
+    loop, record = LoopThread(), Record(clean_redis)
+    yield Office(record, loop, Artifacts(f"file://{tmp_path}"))
+    record.close_connections()
+    loop.stop()
+
+
+def die_before_it_waits(office: Office, run_id: str, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker that has this step dies when all is ready for the step to wait for what is inside."""
+
+    def die(*_: object, **__: object) -> None:
+        raise _Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(office.record, "park", die)
+        with pytest.raises(_Killed):
+            office.attempt(run_id, step)
+
+
+def miss_the_worker(office: Office, redis_url: str, run_id: str) -> None:
+    """The leases of the run run out, and what is to be done is done."""
+    leases = f"{base_of(run_id)}:leases"
+    with redis.Redis.from_url(redis_url) as client:
+        client.zadd(leases, dict.fromkeys(client.zrange(leases, 0, -1), 0), xx=True)
+    office.go_on([])
+
+
+def runs_inside() -> list[Story]:
+    stories = [Story.of(run.run_id) for run in record().runs()]
+    return [story for story in stories if isinstance(story.events[0], RunCreated) and story.events[0].parent]
+
+
+WAIT = {"type": "wait", "signal": "s"}
+INSIDE = {"type": "workflow", "workflow": {"name": "inside", "steps": {"x": WAIT}}}
+
+
+def test_a_worker_that_dies_between_a_run_inside_and_its_wait_leaves_one_run(
+    office: Office, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by kills: the next attempt began a second run, and the first one went on beside it."""
+    run_id = office.submit({"a": INSIDE})
+    die_before_it_waits(office, run_id, "a", monkeypatch)
+    miss_the_worker(office, redis_url, run_id)
+    [inside] = runs_inside()
+    office.go_on(office.record.signal(inside.run_id, "s", '{"v":1}', ""))
+    assert office.said(run_id) == ("completed", None)
+
+
+def test_no_run_begins_inside_a_step_that_has_ended(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = office.submit({"a": {**INSIDE, "deadline": "1h"}, "b": WAIT})
+    create = office.record.create
+
+    def too_late(run: NewRun) -> str:
+        office.time_comes(run_id, "a!d")
+        return create(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(office.record, "create", too_late)
+        assert office.attempt(run_id, "a").then is Then.DROP
+    assert office.statuses(run_id)["a"] == "failed"
+    assert runs_inside() == []
+
+
+def test_a_try_of_a_block_whose_worker_died_before_it_began_is_none(
+    office: Office, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = office.submit({"a": {"retry": {"max_attempts": 2}, "steps": {"x": WAIT}}})
+    die_before_it_waits(office, run_id, "a", monkeypatch)
+    miss_the_worker(office, redis_url, run_id)
+    assert office.statuses(run_id) == {"a": "waiting", "a.1.x": "waiting"}

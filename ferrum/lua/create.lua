@@ -1,7 +1,7 @@
 -- ARGV: run, key ('' for none), key's life in ms, plan digest, keep ms, limits JSON ('' for none), wall ms ('' for
 -- none), outputs ('1' or '0'), steps, input envelope, created data JSON, lane (its parent's, if any), deadline ms ('' for none), parent
 -- ('run step', '' for none), most runs inside each other, begin ('1', or '0': another script begins it), tenant, then (root, queue, deadline ms)…
--- Returns {'new'}, {'old', run} for a key that was used, {'deep'}, {'gone'} when the parent has ended, or {'plan'} when
+-- Returns {'new'}, {'old', run} for a key that was used, {'deep'}, {'gone'} when the parent or its step has ended, or {'plan'} when
 -- the plan must be stored first.
 local MANY = 8
 local key = ARGV[2]
@@ -14,10 +14,12 @@ end
 if redis.call('HEXISTS', plan_key, ' doc') == 0 then return { 'plan' } end
 local depth, of_run = 1, tonumber(ARGV[12])
 if ARGV[14] ~= '' then
-  local above = base .. ':run:' .. string.match(ARGV[14], '^%S+')
+  local parent, step = string.match(ARGV[14], '^(%S+) (%S+)$')
   local status, deep
-  status, deep, of_run = unpack(redis.call('HMGET', above, 'status', 'depth', 'lane'))
+  status, deep, of_run = unpack(redis.call('HMGET', base .. ':run:' .. parent, 'status', 'depth', 'lane'))
   if not LIVE[status] and status ~= 'compensating' then return { 'gone' } end
+  -- Cancelled or too late, while its worker got here: nobody would end what begins now.
+  if ENDED[parse(redis.call('HGET', base .. ':steps:' .. parent, step)).s] then return { 'gone' } end
   depth = (deep or 1) + 1
   if depth > tonumber(ARGV[15]) then return { 'deep' } end
 end
