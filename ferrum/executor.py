@@ -41,7 +41,7 @@ from ferrum.governance.door import decide
 from ferrum.governance.policy import Decision, Effect, Policy
 from ferrum.limits import Concurrency, Entered, Limits, Rate
 from ferrum.loop import Blocking, Interrupted, LoopThread
-from ferrum.plan import Body, Plan, PlannedStep
+from ferrum.plan import PARAMS, Body, Plan, PlannedStep
 from ferrum.record import (
     MAX_DEPTH,
     SPREAD_BATCH,
@@ -472,14 +472,19 @@ class _Attempt:
                 return Then.RETURN, self._hand_back()
 
     def _scope(self) -> dict[str, JsonValue]:
-        step, claim = self._step, self._claim
-        undone = step.undoes
-        names = step.references | (undone.references if undone and "params" in step.references else frozenset())
-        numbers = {name: _number(self.step_id, parts) for name, parts in step.numbers}
-        scope = self._executor.scope(names - numbers.keys() - {"params"}, claim.needs, lambda: claim.input) | numbers
-        if undone is not None and "params" in names:
-            scope["params"] = undone.params.evaluate({name: scope.get(name) for name in undone.references})
+        step = self._step
+        scope = self._seen(step.references - {"params"}, "")
+        if (undone := step.params_of) is not None:
+            scope["params"] = undone.params.evaluate(self._seen(undone.references, PARAMS))
         return scope
+
+    def _seen(self, names: frozenset[str], prefix: str) -> dict[str, JsonValue]:
+        """What these names stand for, which the claim has with this before them."""
+        claim = self._claim
+        numbers = {name: _number(self.step_id, parts) for name, parts in self._step.numbers}
+        ends = {name: claim.needs[prefix + name] for name in names if prefix + name in claim.needs}
+        scope = self._executor.scope(names, ends, lambda: claim.input)
+        return scope | {name: numbers[prefix + name] for name in names if prefix + name in numbers}
 
     def _act(self, scope: Mapping[str, JsonValue]) -> JsonValue:
         params = self._step.resolve(scope)
@@ -564,6 +569,10 @@ class _Attempt:
     @property
     def spec(self) -> Step:
         return self._step.spec
+
+    @property
+    def address(self) -> str:
+        return f"{self._plan.workflow.name}.{self._step.id}"
 
     @property
     def own_label(self) -> str:

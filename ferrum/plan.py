@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 CHAIN = 16
 #: Steps side by side that one chord may hold; each of its messages carries the join.
 CHORD = 100
+#: What the names begin with that the parameters of an undone step see.
+PARAMS = "params:"
 #: Which way of keeping plans in the record this is.
 _LAYOUT = 2
 
@@ -142,6 +144,8 @@ class PlannedStep:
     undoable: bool = False
     #: The step that it undoes.
     undoes: PlannedStep | None = None
+    #: The step whose parameters it sees as `params`; what they see is among `reads`, `items`, `numbers`, by `PARAMS`.
+    params_of: PlannedStep | None = None
     #: It is inside of something that undoes.
     undoing: bool = False
     #: The body that it is part of.
@@ -281,7 +285,7 @@ class Plan:
         inside = None
         if body is not None and body.frame:
             inside = 0 if "" in body.steps else 1
-        references = step.references | (step.undoes.references if step.undoes else frozenset())
+        references = step.references | (step.params_of.references if step.params_of else frozenset())
         return Node(
             queue=step.type.queue,
             segment=segment,
@@ -473,8 +477,8 @@ def _path(where: Sequence[int | str]) -> str:
 class _Bound:
     """What a name means to a step."""
 
-    #: `step` for an output, `item` for what a frame was given, `number` for its number.
-    kind: Literal["step", "item", "number"]
+    #: `step` for an output, `item` for what a frame was given, `number` for its number, `params` for a step's own.
+    kind: Literal["step", "item", "number", "params"]
     #: How many parts of the id of whoever uses it lead there.
     parts: int
     #: The step's name behind those.
@@ -650,15 +654,25 @@ class _Compiler:
         reads: list[Read] = []
         items: list[tuple[str, int]] = []
         numbers: list[tuple[str, int]] = []
+        params_of: PlannedStep | None = None
         for name in sorted(references & place.scope.keys()):
             bound = place.scope[name]
-            if bound.kind == "item":
+            if bound.kind == "params":
+                params_of = self.steps[bound.step]
+                around = _parts(params_of.id) - 1
+                needs = [need for need in params_of.needs if need in params_of.references]
+                reads += [Read(PARAMS + need, around, need) for need in needs]
+                reads += [replace(read, name=PARAMS + read.name) for read in params_of.reads]
+                items += [(PARAMS + item, parts) for item, parts in params_of.items]
+                numbers += [(PARAMS + number, parts) for number, parts in params_of.numbers]
+            elif bound.kind == "item":
                 items.append((name, bound.parts))
             elif bound.kind == "number":
                 numbers.append((name, bound.parts))
             elif name not in place.needs or bound.step != name:
                 reads.append(Read(name, bound.parts, bound.step))
-        return {"reads": tuple(reads), "items": tuple(items), "numbers": tuple(numbers)}
+        found = {"reads": tuple(reads), "items": tuple(items), "numbers": tuple(numbers)}
+        return {**found, "params_of": params_of}
 
     def _fallbacks(self, id: str, spec: Step, place: _Place) -> dict[str, Body]:
         bodies: dict[str, Body] = {}
@@ -670,16 +684,10 @@ class _Compiler:
 
     def _compensate(self, step: PlannedStep, spec: Step, place: _Place) -> None:
         id = f"{step.id}.compensate"
-        scope = {**place.scope, "output": _Bound("step", _parts(step.id))}
-        self._layer(id, spec, _Place(scope, (), "", undoing=True), _Layer.ALL, outer=False)
-        undo = self.steps[id]
-        seen = undo.references
-        if "params" in seen:
-            # They are what the step's own expressions give once more.
-            seen = (seen - {"params"}) | step.references
         # Its step's siblings have ended long since, and are read as what is further out is.
-        bound = self._bound(seen, id, _Place(scope))
-        self.steps[id] = replace(undo, undoes=step, references=undo.references, **bound)
+        seen = {"output": _Bound("step", _parts(step.id)), "params": _Bound("params", 0, step.id)}
+        self._layer(id, spec, _Place({**place.scope, **seen}, (), "", undoing=True), _Layer.ALL, outer=False)
+        self.steps[id] = replace(self.steps[id], undoes=step)
 
 
 class _Layer(IntEnum):

@@ -101,6 +101,11 @@ class Composed(Attempt, Protocol):
         ...
 
     @property
+    def address(self) -> str:
+        """Its workflow's name and its id, the same in all runs and frames."""
+        ...
+
+    @property
     def own_label(self) -> str:
         """The label of the frame that this try of a block has: its number, or none."""
         ...

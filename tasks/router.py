@@ -40,11 +40,13 @@ class Router(StepType[RouterParams]):
             done = whole.frame(name)
             took_ms = (time.time() - float(str(memory["since"]))) * 1000
             if not done.denied:
-                whole.report(target_of(name, among[name]), ok=done.over and not done.error, latency_ms=took_ms)
+                whole.report(
+                    target_of(name, among[name], whole.address), ok=done.over and not done.error, latency_ms=took_ms
+                )
             if done.over and not done.error:
                 return done.output
             errors.append(f"{name}: {done.error or 'took too long'}")
-        targets = {name: target_of(name, step) for name, step in among.items() if name not in tried}
+        targets = {name: target_of(name, step, whole.address) for name, step in among.items() if name not in tried}
         health = dict(whole.health([*targets.values()]))
         while True:
             ends = {name: health[target] for name, target in targets.items()}
@@ -63,14 +65,14 @@ def _list(value: JsonValue) -> list[JsonValue]:
     return value if isinstance(value, list) else []
 
 
-def target_of(name: str, step: Step) -> str:
-    """What the health of one of a router's steps is kept under."""
+def target_of(name: str, step: Step, address: str) -> str:
+    """What the health of one of a router's steps is kept under; without a better name it is this router's own."""
     if step.route is not None and step.route.target is not None:
         return step.route.target
     model, tool = step.params.get("model"), step.params.get("tool")
     if isinstance(model, str):
         return model
-    return tool.partition(".")[0] if isinstance(tool, str) else name
+    return tool.partition(".")[0] if isinstance(tool, str) else f"{address}.{name}"
 
 
 def _choose(params: RouterParams, among: Mapping[str, Step], health: Mapping[str, Health]) -> tuple[str | None, str]:

@@ -19,7 +19,7 @@ from ferrum.governance.policy import Decision, Effect
 from ferrum.inline.run import CHILDREN, RUN, Claim, Frames, Lost, Run, State, body_of, reads
 from ferrum.limits import Concurrency, Rate
 from ferrum.loop import Blocking, Interrupted
-from ferrum.plan import Body, PlannedStep
+from ferrum.plan import PARAMS, Body, PlannedStep
 from ferrum.record import MAX_DEPTH, Verdict
 from ferrum.results import RunStatus, StepStatus, Usage
 from ferrum.settings import redact
@@ -121,6 +121,10 @@ class Attempt:
     @property
     def spec(self) -> Step:
         return self._step.spec
+
+    @property
+    def address(self) -> str:
+        return f"{self._run.plan.workflow.name}.{self._step.id}"
 
     @property
     def own_label(self) -> str:
@@ -230,19 +234,24 @@ class Attempt:
         return self._world.artifacts.keep(value).dumps()
 
     def _scope(self) -> dict[str, JsonValue]:
-        step, undone = self._step, self._step.undoes
-        names = step.references | (undone.references if undone and "params" in step.references else frozenset())
+        step = self._step
         parts = self.step_id.split(".")
         numbers = {name: int(parts[count - 1]) for name, count in step.numbers}
-        scope: dict[str, JsonValue] = {name: self._seen(name) for name in names - numbers.keys() - {"params"}}
-        scope |= numbers
-        if undone is not None and "params" in names:
-            scope["params"] = undone.params.evaluate({name: scope.get(name) for name in undone.references})
+
+        def seen(names: frozenset[str], prefix: str) -> dict[str, JsonValue]:
+            return {
+                name: numbers[prefix + name] if prefix + name in numbers else self._seen(name, prefix) for name in names
+            }
+
+        scope = seen(step.references - {"params"}, "")
+        if (undone := step.params_of) is not None:
+            scope["params"] = undone.params.evaluate(seen(undone.references, PARAMS))
         return scope
 
-    def _seen(self, name: str) -> JsonValue:
+    def _seen(self, name: str, prefix: str) -> JsonValue:
         if name == "input":
             return self._opened(self._run.given)
+        name = prefix + name
         for item, count in self._step.items:
             if item == name:
                 return self._opened(self._run.items.get(".".join(self.step_id.split(".")[:count]), ""))
