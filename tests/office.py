@@ -17,7 +17,7 @@ from ferrum.governance.budget import Limits
 from ferrum.governance.policy import Policy
 from ferrum.loop import LoopThread
 from ferrum.plan import Plan, template_id
-from ferrum.record import LANES, Record, Resend, base_of, new_run_id
+from ferrum.record import LANES, Claimed, Held, Record, Resend, base_of, new_run_id
 from ferrum.steps import Attempt, Params, StepType, step_types
 from ferrum.testing.actors import ScriptedActors
 from ferrum.workflow import Workflow
@@ -50,9 +50,16 @@ class Office:
     A step of type `act` gives its `value`, or does what `says` has for its id.
     """
 
-    def __init__(self, record: Record, loop: LoopThread, artifacts: Artifacts, *, mute: bool = False) -> None:
-        """`mute`: whatever is sent is lost, so that the sweeper has to find it."""
-        self.mute = mute
+    def __init__(
+        self, record: Record, loop: LoopThread, artifacts: Artifacts, *, mute: bool = False, deadly: bool = False
+    ) -> None:
+        """`mute`: whatever is sent is lost, so that the sweeper has to find it.
+
+        `deadly`: a worker dies as soon as it has claimed a step, and the next one when it has finished it.
+        """
+        self.mute = mute or deadly
+        self.deadly = deadly
+        self._died: set[tuple[str, str, int]] = set()
         self.actors = ScriptedActors()
         self.says: dict[str, JsonValue | Exception | Act] = {}
         #: What `act` steps did, in the order in which they began.
@@ -132,10 +139,29 @@ class Office:
         segment, prefix = self.executor.plan_of(what.run_id).starting_with(what.step_id)
         return [prefix + head for head in segment.heads]
 
+    def _dies(self, run_id: str, step: str) -> bool:
+        """Whether the worker that takes it dies with it, which is so for the first of each turn that it has."""
+        turn = (run_id, step, self.did.count(step))
+        if not self.deadly or turn in self._died:
+            return False
+        self._died.add(turn)
+        return isinstance(self.record.claim(Held(run_id, step, f"dead#{len(self._died)}"), "dead", 0), Claimed)
+
+    def _lose(self, held: Held) -> None:
+        """Its worker is dead, and nobody renews its lease."""
+        self.executor.holds.drop(held)
+        name = f"{held.run_id} {held.step_id} {held.token}"
+        self.record._redis.zadd(f"{base_of(held.run_id)}:leases", {name: 0}, xx=True)
+
     def _followed(self, run_id: str, step: str) -> Iterator[Resend]:
+        if self._dies(run_id, step):
+            return
         outcome = self.attempt(run_id, step)
         yield from outcome.sends
         if outcome.held is not None:
+            if self.deadly:
+                self._lose(outcome.held)
+                return
             self.executor.holds.release(outcome.held)
             self.record.release(self.executor.holds.take_released())
         if outcome.then is Then.PASS:
@@ -148,8 +174,11 @@ class Office:
         lossy = self.mute or isinstance(self.record, Deaf)
         kinds = {kind.queue for kind in [*step_types().values(), self._type]}
         queues = {(queue, lane): True for queue in kinds for lane in range(LANES)}
-        found = self.record.sweep(queues, resend_after_s=0 if lossy else 60, reap=True)
-        return found.sends + self.executor.share()
+        # Of a kind it repairs so many at a time, and what was sent for one of them may be nothing.
+        for _ in range(5 if lossy else 1):
+            if sends := self.record.sweep(queues, resend_after_s=0 if lossy else 60, reap=True).sends:
+                return sends
+        return self.executor.share()
 
     @property
     def _type(self) -> StepType[Any]:

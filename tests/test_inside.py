@@ -24,7 +24,7 @@ from ferrum.scripts import Who
 from ferrum.steps import Attempt, step_types
 
 #: How a fleet may fare; what comes of a run is the same.
-FARES = ("all is heard", "each answer is lost once", "each message is lost")
+FARES = ("all is heard", "each answer is lost once", "each message is lost", "each worker dies")
 
 
 #: The next try is far away, unless a test makes it time.
@@ -48,7 +48,7 @@ def office(
     fare: str, clean_redis: str, loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Office]:
     record = (Deaf if fare == FARES[1] else Record)(clean_redis)
-    office = Office(record, loop, Artifacts(f"file://{tmp_path}"), mute=fare == FARES[2])
+    office = Office(record, loop, Artifacts(f"file://{tmp_path}"), mute=fare == FARES[2], deadly=fare == FARES[3])
     monkeypatch.setattr("ferrum.plan.step_types", lambda: {**step_types(), "act": office._type})
     # A plan holds its step types, and with them the office of another test.
     _remembered.cache_clear()
@@ -155,13 +155,13 @@ def test_an_item_is_tried_again_by_itself(office: Office) -> None:
     def work(params: Given, attempt: Attempt) -> JsonValue:
         for error in tries:
             raise error
-        return attempt.number
+        return "at last"
 
     office.says["a.0"] = work
     run = office.run({"a": act(1, for_each=[1, 2], retry={**LATER, "max_attempts": 3})})
     office.time_comes(run, "a.0")
     office.time_comes(run, "a.0")
-    assert office.output(run, "a") == [3, 1]
+    assert (office.output(run, "a"), times(office, "a.0", "a.1")) == (["at last", 1], (3, 1))
     assert office.left_behind(run) == []
 
 
@@ -203,7 +203,7 @@ def test_a_block_is_tried_again_as_a_whole(office: Office) -> None:
     office.says["a.1.y"] = failing()
     run = office.run({"a": block({"x": act(1), "y": act("{{ x + 1 }}")}, retry=LATER)})
     office.time_comes(run, "a")
-    assert (office.output(run, "a"), office.state(run).step("a").attempt) == (2, 2)
+    assert office.output(run, "a") == 2
     assert times(office, "a.1.x", "a.1.y", "a.2.x", "a.2.y") == (1, 1, 1, 1)
     assert office.left_behind(run) == []
 
@@ -367,8 +367,8 @@ def test_a_router_all_of_whose_steps_fail_says_why_each_did(office: Office) -> N
 
 def test_a_router_passes_what_is_failing_by(office: Office) -> None:
     for number in range(20):
-        office.executor.shared.breaker.report("x", _who(number), ok=False, latency_ms=1)
-    run = office.run({"a": router({"x": act(1), "y": act(2)}, by=["health", "cost"])})
+        office.executor.shared.breaker.report("db", _who(number), ok=False, latency_ms=1)
+    run = office.run({"a": router({"x": act(1, target="db"), "y": act(2)}, by=["health", "cost"])})
     assert (office.output(run, "a"), office.did) == (2, ["a.y"])
 
 
@@ -408,6 +408,20 @@ def test_what_completed_is_undone_in_reverse_when_the_run_fails(office: Office) 
     assert office.said(run) == ("failed", "'c' failed")
     kinds = [event.type for event in office.record.events(run) if event.type.startswith("run.")]
     assert kinds == ["run.created", "run.started", "run.compensating", "run.ended"]
+
+
+def test_what_undoes_in_several_steps_sees_the_parameters_of_what_it_undoes(office: Office) -> None:
+    office.says["b"] = failing()
+    again = act("{{ [item, index, params.value, output] }}", for_each=["x", "y"])
+    steps = {
+        "one": act(1),
+        "a": act("{{ item + index + one }}", for_each=[10, 20], compensate=block({"deep": again})),
+        "b": act(1, needs=["a"]),
+    }
+    run = office.run(steps)
+    assert office.output(run, "a.1.compensate") == [["x", 0, 22, 22], ["y", 1, 22, 22]]
+    assert office.output(run, "a.0.compensate") == [["x", 0, 11, 11], ["y", 1, 11, 11]]
+    assert office.said(run) == ("failed", "'b' failed")
 
 
 def test_what_completed_is_undone_when_the_run_is_cancelled(office: Office) -> None:
@@ -466,7 +480,7 @@ def test_what_undoes_and_lost_its_worker_is_done_by_another(office: Office) -> N
     assert isinstance(office.record.claim(held, "dead", 0.001), Claimed)
     office.go_on(_swept(office))
     assert (office.output(run, "a.compensate"), office.said(run)) == (["undo", 1, 1], ("failed", "'b' failed"))
-    assert [event.step for event in office.record.events(run) if event.type == "step.lost"] == ["a.compensate"]
+    assert "a.compensate" in [event.step for event in office.record.events(run) if event.type == "step.lost"]
 
 
 def _swept(office: Office) -> list[Any]:

@@ -385,6 +385,7 @@ class Routed(Try):
     spec: Any = None
     ill: dict[str, Health] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
+    address: str = "x.a"
 
     def health(self, targets: Any) -> dict[str, Health]:
         return {name: self.ill.get(name, Health(usable=True)) for name in targets}
@@ -429,19 +430,19 @@ def test_a_router_chooses_by_what_it_was_told_and_says_why(params: dict[str, Any
 
 def test_a_router_goes_by_how_long_it_really_took_and_what_is_not_known_comes_last() -> None:
     spec = among(said={"latency": 100}, measured={"latency": 900}, unknown={})
-    ill = {"measured": Health(usable=True, latency_ms=5)}
+    ill = {"x.a.measured": Health(usable=True, latency_ms=5)}
     assert Routed(spec=spec, ill=ill).choice(by="latency").startswith("'measured'")
     assert Routed(spec=among(unknown={}, dear={"cost": 5})).choice(by=["tier", "cost"]).startswith("'dear'")
 
 
 def test_a_router_asks_the_next_where_another_step_tries_whether_the_best_is_well_again() -> None:
     spec = among(best={"cost": 1}, next={"cost": 2})
-    assert Routed(spec=spec, refused={"best"}).choice(by="cost") == "'next', the only one left; 'best' is failing"
+    assert Routed(spec=spec, refused={"x.a.best"}).choice(by="cost") == "'next', the only one left; 'best' is failing"
     with pytest.raises(StepError, match="nothing is left to choose: 'best' is failing, 'next' is failing"):
-        Routed(spec=spec, ill={"next": Health(usable=False)}, refused={"best"}).at("router", by="cost")
+        Routed(spec=spec, ill={"x.a.next": Health(usable=False)}, refused={"x.a.best"}).at("router", by="cost")
 
 
-def test_the_health_of_a_routers_step_is_that_of_its_target_model_or_server() -> None:
+def test_the_health_of_a_routers_step_is_that_of_its_target_model_or_server_or_its_own() -> None:
     steps = {
         "own": {"type": "task", "task": "t", "target": "db"},
         "model": {"type": "llm", "model": "openai/x", "prompt": "p"},
@@ -450,8 +451,8 @@ def test_the_health_of_a_routers_step_is_that_of_its_target_model_or_server() ->
     }
     spec = Workflow.of({"name": "x", "steps": {"a": {"type": "router", "among": steps}}}).steps["a"]
     target_of = sys.modules[type(step_types()["router"]).__module__].target_of
-    assert {name: target_of(name, step) for name, step in spec.among.items()} == {
-        "own": "db", "model": "openai/x", "tool": "git", "name": "name",
+    assert {name: target_of(name, step, "x.a") for name, step in spec.among.items()} == {
+        "own": "db", "model": "openai/x", "tool": "git", "name": "x.a.name",
     }  # fmt: skip
 
 
