@@ -332,6 +332,15 @@ def test_each_item_and_each_block_has_its_own_alternative(office: Office) -> Non
     assert office.left_behind(run) == []
 
 
+def test_a_block_for_each_item_has_its_own_alternative_and_its_own_undoing(office: Office) -> None:
+    office.says["b"] = failing()
+    body = block({"x": act("{{ item }}"), "y": act("{{ x < 2 ? x : [][0] }}")}, for_each=[1, 2])
+    body |= {"fallback": [act("instead")], "compensate": act("{{ output }}")}
+    run = office.run({"a": body, "b": act(1, needs=["a"])})
+    assert office.output(run, "a") == [1, "instead"]
+    assert [office.output(run, f"a.{number}.compensate") for number in (0, 1)] == [1, "instead"]
+
+
 # What may fail.
 
 
@@ -919,6 +928,32 @@ def test_a_slot_is_free_again_when_its_run_was_cancelled(office: Office) -> None
     first, second = office.run(steps), office.run(steps)
     office.record.cancel(first, "ann")
     office.go_on(office.executor.keep_shared())
+    assert office.statuses(second) == {"a": "waiting", "a.x": "waiting"}
+
+
+def test_what_a_cancelled_run_was_computing_is_computed_by_another(office: Office) -> None:
+    body = block({"x": {"type": "wait", "signal": "go"}}, cache={"key": "k", "ttl": "1h", "scope": "global"})
+    first, second = office.run({"a": body}), office.run({"a": body})
+    assert office.statuses(second) == {"a": "waiting"}
+    office.record.cancel(first, "ann")
+    office.go_on(office.executor.keep_shared())
+    assert office.statuses(second) == {"a": "waiting", "a.x": "waiting"}
+
+
+def test_a_turn_that_came_before_the_step_was_parked_is_not_missed(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = {"a": block({"x": {"type": "wait", "signal": "go"}}, concurrency={"key": "k", "limit": 1})}
+    first, second = office.run(steps), office.submit(steps)
+    real = office.record.park
+
+    def park(held: Held, kind: str, *data: Any, **more: Any) -> Any:
+        if kind == "limit":
+            office.executor.shared.limits.leave(Who(first, "a"), "k")
+        return real(held, kind, *data, **more)
+
+    monkeypatch.setattr(office.record, "park", park)
+    office.go_on(office.heads(second))
     assert office.statuses(second) == {"a": "waiting", "a.x": "waiting"}
 
 
