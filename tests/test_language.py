@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -29,10 +31,12 @@ from reference import COMPLETED, Expected, Seen, expected
 
 import ferrum
 from ferrum.artifacts import Artifacts
+from ferrum.errors import Conflict
 from ferrum.events import Event, RunCreated, StepCompleted
 from ferrum.executor import Then
 from ferrum.loop import LoopThread
 from ferrum.record import NewRun, Record, base_of
+from ferrum.results import RunStatus
 from ferrum.runs import RunView, record
 
 EXAMPLES = int(os.environ.get("LANGUAGE_EXAMPLES", "25"))
@@ -62,19 +66,41 @@ def some(count: int, seed: int) -> list[Document]:
     return found
 
 
-@pytest.fixture
-def log(tmp_path: Path) -> Path:
-    return tmp_path / "effects.log"
+STEADY, TWICE, MORTAL = {}, {"FERRUM_IMPORTS": "user_tasks,twice_in_workers"}, {"FERRUM_IMPORTS": "user_tasks,mortal"}
 
 
-@pytest.fixture
-def fleet(clean_redis: str, tmp_path: Path, log: Path) -> Iterator[Fleet]:
-    """A fleet with nobody in it yet."""
-    fleet = Fleet(clean_redis, tmp_path, {**QUICK, "EFFECTS": str(log)})
+@pytest.fixture(scope="module")
+def fleet(request: pytest.FixtureRequest, redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Two workers of the kind that the test asks for; of mortal ones only the second is."""
+    kind: dict[str, str] = request.param
+    home = tmp_path_factory.mktemp("language")
+    fleet = Fleet(redis_url, home, {**QUICK, "EFFECTS": str(home / "effects.log"), "MORTAL": "300"})
+    with redis.Redis.from_url(redis_url) as client:
+        client.flushall()
     try:
+        fleet.start("-c", "8", **({} if kind is MORTAL else kind))
+        start(fleet, kind)
         yield fleet
     finally:
         fleet.stop()
+
+
+def start(fleet: Fleet, kind: Mapping[str, str]) -> Popen[bytes]:
+    """A worker that lives for long enough to be ready."""
+    while True:
+        try:
+            return fleet.start("-c", "8", **kind)
+        except AssertionError:
+            assert fleet.workers[-1].poll() == -signal.SIGKILL, fleet.log(len(fleet.workers) - 1).read_text()[-4000:]
+
+
+def on(kind: Mapping[str, str]) -> pytest.MarkDecorator:
+    name = kind.get("FERRUM_IMPORTS", "steady").rpartition(",")[2]
+    return pytest.mark.parametrize("fleet", [kind], indirect=True, ids=[name])
+
+
+def log_of(fleet: Fleet) -> Path:
+    return fleet.home / "effects.log"
 
 
 # What a run was.
@@ -152,14 +178,21 @@ class Comparison:
     wrong: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, redis_url: str, log: Path, *, killed: bool) -> Comparison:
-        made = cls(redis_url, Counter(lines(log)), killed)
+    def of(cls, redis_url: str, log: Path, runs: Sequence[str], *, killed: bool) -> Comparison:
+        """Of these runs and all inside of them."""
+        parents: dict[tuple[str, str], list[str]] = {}
         for run in sorted(record().runs(limit=100_000), key=lambda run: run.run_id):
             created = record().events(run.run_id)[0]
             assert isinstance(created, RunCreated)
             if created.parent:
-                made.inside.setdefault(created.parent, []).append(run.run_id)
-        return made
+                parents.setdefault(created.parent, []).append(run.run_id)
+        family = set(runs)
+        while more := {run for (above, _), inside in parents.items() if above in family for run in inside} - family:
+            family |= more
+        effects = Counter(key for key in lines(log) if key.partition(".")[0] in family)
+        return cls(
+            redis_url, effects, killed, {above: inside for above, inside in parents.items() if above[0] in family}
+        )
 
     def check(self, run_id: str, said: Expected, *, loose: bool = False) -> None:
         """`loose`: the run is inside of what may have been cancelled."""
@@ -279,13 +312,19 @@ def how_far(runs: Sequence[str], documents: Sequence[Document]) -> str:
 
 
 def assert_as_said(
-    redis_url: str, log: Path, documents: Sequence[Document], runs: Sequence[str], *, killed: bool = False
+    redis_url: str,
+    fleet: Fleet,
+    documents: Sequence[Document],
+    runs: Sequence[str],
+    *,
+    killed: bool = False,
+    cancelled: bool = False,
 ) -> None:
-    comparison = Comparison.of(redis_url, log, killed=killed)
+    comparison = Comparison.of(redis_url, log_of(fleet), runs, killed=killed)
     failed: list[str] = []
     for run_id, document in zip(runs, documents, strict=True):
         before = len(comparison.wrong)
-        comparison.check(run_id, expected(document, GIVEN))
+        comparison.check(run_id, expected(document, GIVEN), loose=cancelled)
         if new := comparison.wrong[before:]:
             failed.append("\n".join([*new, json.dumps(document)]))
     before = len(comparison.wrong)
@@ -305,77 +344,59 @@ def wait_for(runs: Sequence[str], documents: Sequence[Document]) -> None:
         raise AssertionError(how_far(runs, documents)) from None
 
 
+@on(STEADY)
 @pytest.mark.timeout(60 + 4 * EXAMPLES)
-def test_random_workflows_come_to_what_the_reference_says(fleet: Fleet, redis_url: str, log: Path) -> None:
-    for _ in range(2):
-        fleet.start("-c", "8")
+def test_random_workflows_come_to_what_the_reference_says(fleet: Fleet, redis_url: str) -> None:
     documents = some(EXAMPLES, SEED)
     runs = submit(documents)
     wait_for(runs, documents)
-    assert_as_said(redis_url, log, documents, runs)
+    assert_as_said(redis_url, fleet, documents, runs)
 
 
+@on(STEADY)
 @pytest.mark.timeout(60 + 4 * EXAMPLES)
-def test_random_workflows_come_to_the_same_when_every_message_is_delivered_twice(
-    fleet: Fleet, redis_url: str, log: Path
-) -> None:
-    for _ in range(2):
-        fleet.start("-c", "8", FERRUM_IMPORTS="user_tasks,twice_in_workers")
-    documents = some(EXAMPLES, SEED + 1)
+def test_random_workflows_that_are_cancelled_on_their_way_undo_what_they_did(fleet: Fleet, redis_url: str) -> None:
+    documents = some(EXAMPLES // 2, SEED + 1)
+    chance = random.Random(SEED)
+    runs = submit(documents)
+    for run_id in runs:
+        enough = chance.randrange(30)
+        eventually(lambda run_id=run_id, enough=enough: all_ended([run_id]) or len(record().events(run_id)) > enough)
+        with suppress(Conflict):
+            ferrum.cancel(run_id, by="ada")
+    wait_for(runs, documents)
+    assert RunStatus.CANCELLED in map(record().status, runs), "all were over by then: the test proved nothing"
+    assert_as_said(redis_url, fleet, documents, runs, cancelled=True)
+
+
+@on(TWICE)
+@pytest.mark.timeout(60 + 4 * EXAMPLES)
+def test_random_workflows_come_to_the_same_when_every_message_is_delivered_twice(fleet: Fleet, redis_url: str) -> None:
+    documents = some(EXAMPLES // 2, SEED + 2)
     twice.install()
     try:
         runs = submit(documents)
         wait_for(runs, documents)
     finally:
         twice.remove()
-    assert_as_said(redis_url, log, documents, runs)
+    assert_as_said(redis_url, fleet, documents, runs)
 
 
-#: A worker that is killed, now and then, as it talks to Redis.
-MORTAL = {"FERRUM_IMPORTS": "user_tasks,mortal", "MORTAL": "1500"}
-
-
+@on(MORTAL)
 @pytest.mark.timeout(60 + 8 * EXAMPLES)
-def test_random_workflows_come_to_the_same_when_workers_are_killed(fleet: Fleet, redis_url: str, log: Path) -> None:
-    documents = some(EXAMPLES, SEED + 2)
+def test_random_workflows_come_to_the_same_when_workers_are_killed(fleet: Fleet, redis_url: str) -> None:
+    documents = some(EXAMPLES // 2, SEED + 3)
     runs = submit(documents)
-    killed = outlive_some_workers(fleet, runs)
+    killed = 0
+    while killed < EXAMPLES // 8:
+        eventually(lambda: fleet.workers[-1].poll() is not None or all_ended(runs), timeout_s=30 + EXAMPLES)
+        if fleet.workers[-1].poll() is None:
+            break
+        killed += 1
+        start(fleet, MORTAL if killed < EXAMPLES // 8 else STEADY)
     wait_for(runs, documents)
     assert killed, "nobody died: the test proved nothing"
-    assert_as_said(redis_url, log, documents, runs, killed=True)
-
-
-def outlive_some_workers(fleet: Fleet, runs: Sequence[str]) -> int:
-    """Two workers work on these; in the place of each that is killed another begins. How many were."""
-    most = 3 + EXAMPLES // 5
-    alive = [start_mortal(fleet), start_mortal(fleet)]
-    killed = 0
-
-    def one_died() -> bool:
-        return any(worker.poll() is not None for worker in alive)
-
-    while killed < most:
-        eventually(lambda: one_died() or all_ended(runs), timeout_s=30 + EXAMPLES)
-        if not one_died():
-            return killed
-        alive = [worker for worker in alive if worker.poll() is None]
-        killed += 2 - len(alive)
-        alive += [start_mortal(fleet) for _ in range(2 - len(alive))]
-    # Now they shall get on with it.
-    for worker in alive:
-        worker.kill()
-        worker.wait()
-        fleet.start("-c", "8")
-    return killed
-
-
-def start_mortal(fleet: Fleet) -> Popen[bytes]:
-    """A worker that lives for long enough to be ready."""
-    while True:
-        try:
-            return fleet.start("-c", "8", **MORTAL)
-        except AssertionError:
-            assert fleet.workers[-1].poll() == -signal.SIGKILL, fleet.log(len(fleet.workers) - 1).read_text()[-4000:]
+    assert_as_said(redis_url, fleet, documents, runs, killed=True)
 
 
 # What once went wrong.
