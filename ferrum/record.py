@@ -978,6 +978,8 @@ def _live(run_id: str, reply: list[Any]) -> None:
     if reply[0] == "no":
         if reply[1] == "missing":
             raise NotFound(f"there is no run {run_id!r}; it may have been removed after its time")
+        if reply[1] == "compensating":
+            raise Conflict(f"what run {run_id!r} did is being undone; when that is done, it ends by itself")
         raise Conflict(f"run {run_id!r} has ended: it is {reply[1]}, and that does not change")
 
 

@@ -243,7 +243,8 @@ def rerun(run_id: str, *, from_step: str | None = None) -> str:
     """
     status = record().status(run_id)
     if not status.ended:
-        raise Conflict(f"run {run_id!r} has not ended, it is {status}: cancel it first, or fork it")
+        what = "wait until it is undone" if status is RunStatus.COMPENSATING else "cancel it first, or fork it"
+        raise Conflict(f"run {run_id!r} has not ended, it is {status}: {what}")
     plan = plan_of(run_id)
     if from_step is not None and from_step not in plan.top.steps:
         raise NotFound(f"run {run_id!r} has no step {from_step!r}{did_you_mean(from_step, plan.top.steps)}")
