@@ -25,19 +25,23 @@ import redis
 import twice
 from fleet import Fleet, assert_events_agree, eventually, lines
 from hypothesis import HealthCheck, Phase, given
-from office import Office
+from office import Given, Office, step_type
+from pydantic import JsonValue
 from random_workflows import workflows
 from reference import COMPLETED, Expected, Seen, expected
+from user_tasks import number_of
 
 import ferrum
 from ferrum.artifacts import Artifacts
-from ferrum.errors import Conflict
+from ferrum.errors import Conflict, StepError
 from ferrum.events import Event, RunCreated, StepCompleted
 from ferrum.executor import Then
 from ferrum.loop import LoopThread
-from ferrum.record import NewRun, Record, base_of
+from ferrum.plan import _remembered
+from ferrum.record import NewRun, Record, Resend, base_of
 from ferrum.results import RunStatus
 from ferrum.runs import RunView, record
+from ferrum.steps import Attempt, step_types
 
 EXAMPLES = int(os.environ.get("LANGUAGE_EXAMPLES", "25"))
 SEED = int(os.environ.get("LANGUAGE_SEED", "0"))
@@ -97,10 +101,6 @@ def start(fleet: Fleet, kind: Mapping[str, str]) -> Popen[bytes]:
 def on(kind: Mapping[str, str]) -> pytest.MarkDecorator:
     name = kind.get("FERRUM_IMPORTS", "steady").rpartition(",")[2]
     return pytest.mark.parametrize("fleet", [kind], indirect=True, ids=[name])
-
-
-def log_of(fleet: Fleet) -> Path:
-    return fleet.home / "effects.log"
 
 
 # What a run was.
@@ -178,7 +178,7 @@ class Comparison:
     wrong: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, redis_url: str, log: Path, runs: Sequence[str], *, killed: bool) -> Comparison:
+    def of(cls, redis_url: str, acted: Counter[str], runs: Sequence[str], *, killed: bool) -> Comparison:
         """Of these runs and all inside of them."""
         parents: dict[tuple[str, str], list[str]] = {}
         for run in sorted(record().runs(limit=100_000), key=lambda run: run.run_id):
@@ -189,7 +189,7 @@ class Comparison:
         family = set(runs)
         while more := {run for (above, _), inside in parents.items() if above in family for run in inside} - family:
             family |= more
-        effects = Counter(key for key in lines(log) if key.partition(".")[0] in family)
+        effects = Counter({key: times for key, times in acted.items() if key.partition(".")[0] in family})
         return cls(
             redis_url, effects, killed, {above: inside for above, inside in parents.items() if above[0] in family}
         )
@@ -320,7 +320,7 @@ def assert_as_said(
     killed: bool = False,
     cancelled: bool = False,
 ) -> None:
-    comparison = Comparison.of(redis_url, log_of(fleet), runs, killed=killed)
+    comparison = Comparison.of(redis_url, Counter(lines(fleet.home / "effects.log")), runs, killed=killed)
     failed: list[str] = []
     for run_id, document in zip(runs, documents, strict=True):
         before = len(comparison.wrong)
@@ -399,11 +399,124 @@ def test_random_workflows_come_to_the_same_when_workers_are_killed(fleet: Fleet,
     assert_as_said(redis_url, fleet, documents, runs, killed=True)
 
 
-# What once went wrong.
+# In one process, where a worker may die at each of its calls, and a message be lost, doubled or late.
+
+
+class Fragile(Record):
+    """One call in so many is the last of whoever makes it: it dies before the call or after it."""
+
+    chance = random.Random()
+    one_in = 0
+
+    def _eval(self, name: str, base: str, *arguments: str | int) -> list[Any]:
+        dies = self.one_in and self.chance.randrange(self.one_in) == 0
+        if dies and self.chance.random() < 0.5:
+            raise _Killed
+        reply = super()._eval(name, base, *arguments)
+        if dies:
+            raise _Killed
+        return reply
 
 
 class _Killed(BaseException):
     """Of a worker that died here."""
+
+
+class Chaos:
+    """An office in which everything goes wrong now and then, the same way for the same seed."""
+
+    def __init__(self, office: Office, redis_url: str) -> None:
+        self.office = office
+        self.redis_url = redis_url
+        self.effects: list[str] = []
+        # What was sent once is sent again as soon as there is nothing else to do.
+        office.mute = True
+
+    def work(self, params: Given, attempt: Attempt) -> JsonValue:
+        given: Any = params.value
+        self.effects.append(attempt.idempotency_key)
+        if given.get("fail") or self.effects.count(attempt.idempotency_key) <= given.get("fail_tries", 0):
+            raise StepError("it was told to fail", retry=True)
+        if "fail_rounds" in given and int(attempt.step_id.split(".")[-2]) <= given["fail_rounds"]:
+            raise StepError("it fails in this try of its block", retry=True)
+        return number_of(given["values"])
+
+    def run(self, document: Document, seed: int) -> str:
+        """Submit it and do all that follows."""
+        self.chance = random.Random(seed)
+        run_id = ferrum.submit(document, GIVEN)
+        queue = self.office.heads(run_id)
+        record: Any = self.office.record
+        record.chance, record.one_in = self.chance, 40
+        for _ in range(20_000):
+            if not queue:
+                record.one_in, calm = 0, record.one_in
+                if record.status(run_id).ended:
+                    return run_id
+                queue = list(self.office.sweep())
+                record.one_in = calm
+                continue
+            what = queue.pop(self.chance.randrange(len(queue)))
+            luck = self.chance.randrange(20)
+            if luck == 0:
+                queue.append(what)
+            if luck != 1:
+                queue += self._deliver(what)
+        raise AssertionError(f"{run_id} does not end")
+
+    def _deliver(self, what: Resend) -> Iterator[Resend]:
+        try:
+            for step in self.office._first_of(what):
+                yield from self.office._followed(what.run_id, step)
+        except _Killed:
+            self._miss()
+
+    def _miss(self) -> None:
+        """Whoever holds a step is given up."""
+        with redis.Redis.from_url(self.redis_url) as client:
+            for leases in client.scan_iter("*:leases"):
+                client.zadd(leases, dict.fromkeys(client.zrange(leases, 0, -1), 0), xx=True)
+
+
+def for_an_office(value: Any) -> Any:
+    """The same document with steps that an office knows."""
+    if isinstance(value, str):
+        return value.replace("params.input", "params.value")
+    if isinstance(value, list):
+        return [for_an_office(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    changed = {name: for_an_office(one) for name, one in value.items()}
+    if value.get("type") == "task":
+        changed |= {"type": "act", "value": {"values": [], **changed.pop("input")}}
+        del changed["task"]
+    return changed | ({"for": "1ms"} if value.get("type") == "wait" and "for" in value else {})
+
+
+@pytest.mark.timeout(60 + 4 * EXAMPLES)
+def test_random_workflows_come_to_the_same_wherever_a_worker_dies_and_whatever_becomes_of_a_message(
+    clean_redis: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, fragile = LoopThread(), Fragile(clean_redis)
+    office = Office(fragile, loop, Artifacts(f"file://{tmp_path}"))
+    try:
+        chaos = Chaos(office, clean_redis)
+        kind = step_type("act", chaos.work)
+        monkeypatch.setattr("ferrum.plan.step_types", lambda: {**step_types(), "act": kind})
+        for number, document in enumerate(some(EXAMPLES, SEED + 4)):
+            run_id = chaos.run(for_an_office(document), SEED + number)
+            comparison = Comparison.of(clean_redis, Counter(chaos.effects), [run_id], killed=True)
+            comparison.check(run_id, expected(document, GIVEN))
+            comparison.nothing_else()
+            if comparison.wrong:
+                pytest.fail("\n".join([*comparison.wrong, f"{SEED + number}", json.dumps(document)]), pytrace=False)
+    finally:
+        _remembered.cache_clear()
+        fragile.close_connections()
+        loop.stop()
+
+
+# What once went wrong.
 
 
 @pytest.fixture
