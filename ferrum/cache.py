@@ -108,14 +108,14 @@ class Cache(Room):
             lost += [group[int(number)] for number in self._ask("cache/renew", base, _ms(hold_s), *names)]
         return lost
 
-    def sweep(self) -> list[Who]:
-        """Returns everyone who must be woken: where nobody computes it any more, the first who waits for it.
+    def sweep(self) -> list[tuple[str, Who]]:
+        """Returns everyone who must be woken, and for what: where nobody computes it any more, the first who waits.
 
         That is also who waits for what has been there for a second: its wake-up may have been lost, or have come
         before it was parked.
         """
         replies = self._scripts.eval_each("cache/sweep", _PARTITIONS, self._now(), _BATCH, _NAMED)
-        return [who for reply in replies for who in whos(reply)]
+        return [pair for reply in replies for pair in zip(reply[::2], whos(reply[1::2]), strict=True)]
 
     def stats(self, scope: str | None = None) -> Stats:
         """Since the cache was last left alone for a week, in this scope or in all."""

@@ -458,6 +458,10 @@ def show_run(run_id: str, as_json: bool) -> None:
         return
     why = f": {clean(view.reason)}" if view.reason else ""
     click.echo(f"{view.run_id}  {view.workflow} {view.version}  {view.status}{why}")
+    if view.parent:
+        click.echo(f"  part of {view.parent[1]} of {view.parent[0]}")
+    if view.origin:
+        click.echo(f"  {view.how} of {view.origin}")
     rows = [
         (
             f"  {step.step_id}",
@@ -576,6 +580,18 @@ def _signal_data(text: str | None) -> JsonValue:
     except (ValueError, RecursionError) as error:
         raise InputError(f"--data has to be JSON, such as 7, {json.dumps(text)} or @file.json: {error}") from error
     return value
+
+
+@ferrum.command("cache")
+@as_json_option
+def show_cache(as_json: bool) -> None:
+    """Show how often steps with a `cache` are answered from it."""
+    from ferrum.runs import cache_stats
+
+    stats = cache_stats()
+    counts = {"hits": stats.hits, "misses": stats.misses, "waits": stats.waits, "hit_rate": stats.hit_rate}
+    text = f"{stats.hit_rate:.1%} found: {stats.hits} times there, {stats.misses} times computed"
+    _done(counts, f"{text}; {stats.waits} waited for another that computed the same", as_json)
 
 
 @ferrum.group()

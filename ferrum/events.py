@@ -187,6 +187,8 @@ class StepCancelled(_StepEvent):
     """What it is inside of goes on no longer."""
 
     type: Literal["step.cancelled"] = "step.cancelled"
+    #: What it had reserved: nobody knows what it used.
+    usage: Usage = Usage()
 
 
 class StepKept(_StepEvent):
@@ -255,6 +257,12 @@ class RunState:
     workflow: str = ""
     version: str = ""
     plan: str = ""
+    tenant: str = "default"
+    #: The run and the step that it is part of.
+    parent: tuple[str, str] | None = None
+    #: The run whose results it took over, and how it came about.
+    origin: str | None = None
+    how: str | None = None
     #: Envelopes: `Kept.loads` opens them.
     input: str | None = None
     outputs: str | None = None
@@ -296,8 +304,7 @@ def fold(events: Iterable[Event], state: RunState | None = None) -> RunState:
 def _apply(state: RunState, event: Event) -> None:  # noqa: PLR0912 - one case per member of a closed set
     match event:
         case RunCreated():
-            state.run_id, state.plan, state.input = event.run_id, event.plan, event.output
-            state.workflow, state.version, state.created_at = event.workflow, event.version, event.at
+            _create(state, event)
         case RunStarted():
             state.status, state.started_at = RunStatus.RUNNING, event.at
         case RunWaiting():
@@ -355,3 +362,10 @@ def _cancel_rest(state: RunState) -> None:
     for step_id, step in state.steps.items():
         if not step.status.ended:
             state.steps[step_id] = step.model_copy(update={"status": StepStatus.CANCELLED})
+
+
+def _create(state: RunState, event: RunCreated) -> None:
+    state.run_id, state.plan, state.input = event.run_id, event.plan, event.output
+    state.workflow, state.version, state.created_at = event.workflow, event.version, event.at
+    state.tenant, state.parent = event.tenant, event.parent
+    state.origin, state.how = event.origin, event.how

@@ -253,9 +253,26 @@ class Executor:
     def __post_init__(self) -> None:
         self.shared = Shared.of(self.record, self.breaking)
 
-    def wake(self, whos: Sequence[Who], kind: str, why: str) -> tuple[Resend, ...]:
-        """Wake these, if they wait for that; what must be sent."""
-        return tuple(one for who in whos for one in self.record.wake(who.run_id, who.step_id, kind, why))
+    def turn(self, whos: Sequence[Who]) -> tuple[Resend, ...]:
+        """Wake these, whose turn came at a limit; what must be sent. Who has ended gives it to the next."""
+        return self._wake(whos, LIMIT, "its turn came", self.shared.limits.forget)
+
+    def there(self, digest: str, whos: Sequence[Who]) -> tuple[Resend, ...]:
+        """Wake these, for whom it is in the cache or who may compute it; what must be sent."""
+        return self._wake(whos, CACHE, "it may look again", lambda who: self.shared.cache.give_up(digest, who))
+
+    def _wake(
+        self, whos: Sequence[Who], kind: str, why: str, instead: Callable[[Who], Sequence[Who]]
+    ) -> tuple[Resend, ...]:
+        sends: list[Resend] = []
+        left = list(whos)
+        while left:
+            who = left.pop(0)
+            try:
+                sends += self.record.wake(who.run_id, who.step_id, kind, why)
+            except Lost:
+                left += instead(who)
+        return tuple(sends)
 
     @property
     def hold_s(self) -> float:
@@ -273,15 +290,17 @@ class Executor:
         sends: tuple[Resend, ...] = ()
         for one, who in found:
             if not one.going and one.kind == LIMIT:
-                sends += self.wake(self.shared.limits.leave(who, one.key), LIMIT, "its turn came")
+                sends += self.turn(self.shared.limits.leave(who, one.key))
             elif not one.going:
-                sends += self.wake(self.shared.cache.give_up(one.key, who), CACHE, "it may compute it")
+                sends += self.there(one.key, self.shared.cache.give_up(one.key, who))
         return sends
 
     def share(self) -> tuple[Resend, ...]:
         """Give to those who wait what the dead held of what all share; what must be sent."""
-        waiting = self.wake(self.shared.limits.sweep(), LIMIT, "its turn came")
-        return waiting + self.wake(self.shared.cache.sweep(), CACHE, "it may look again")
+        sends = self.turn(self.shared.limits.sweep())
+        for digest, who in self.shared.cache.sweep():
+            sends += self.there(digest, [who])
+        return sends
 
     def attempt(self, run_id: str, step_id: str, signature: Callable[[], str]) -> Outcome:
         """Try the step once, if the record says that it may run.

@@ -851,7 +851,9 @@ def _forward(needs: Mapping[str, tuple[str, ...]]) -> list[str]:
 
 def _describe(plan: Plan) -> Iterator[str]:
     workflow = plan.workflow
-    yield f"{workflow.name} {workflow.version}  {_count(plan)}, {len(plan.segments)} canvas"
+    more = [f"priority {workflow.priority}"] if workflow.priority != Workflow.model_fields["priority"].default else []
+    more += [f"within {workflow.deadline:g} s"] if workflow.deadline is not None else []
+    yield f"{workflow.name} {workflow.version}  {', '.join([_count(plan), f'{len(plan.segments)} canvas', *more])}"
     rows = list(_rows(plan))
     width = max(len(name) for name, _, _ in rows)
     kinds = max(len(kind) for _, kind, _ in rows)

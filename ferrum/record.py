@@ -538,8 +538,11 @@ class Record(Connection):
             _held(self._run("spread", held.run_id, held.run_id, held.step_id, held.token, *texts))
 
     def wake(self, run_id: str, step_id: str, kind: str, why: str) -> tuple[Resend, ...]:
-        """What the step waited for outside of its run is there; what must be sent."""
-        return _ended(self._run("wake", run_id, run_id, step_id, kind, why)).sends
+        """What the step waited for outside of its run is there; what must be sent. Raises `Lost` when it has ended."""
+        reply = self._run("wake", run_id, run_id, step_id, kind, why)
+        if reply[0] == "gone":
+            raise Lost
+        return _ended(reply).sends
 
     def hand_back(self, held: Held, worker: str, attempt: int, usage: Usage) -> None:
         """A stopping worker gives the step back, to run again elsewhere. Raises `Lost`."""

@@ -9,6 +9,7 @@ from os import PathLike
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from ferrum.artifacts import Artifacts, Kept
+from ferrum.cache import Cache, Stats
 from ferrum.errors import Conflict, FerrumError, NotFound, Problem, WorkflowError, did_you_mean
 from ferrum.events import Event, RunState
 from ferrum.plan import Built, Plan
@@ -27,6 +28,12 @@ class RunView(BaseModel):
     run_id: str
     workflow: str
     version: str
+    tenant: str
+    #: The run and the step that it is part of; `None` for one that stands alone.
+    parent: tuple[str, str] | None
+    #: The run whose results it took over, if any, and how: `rerun`, `resume` or `fork`.
+    origin: str | None
+    how: str | None
     status: RunStatus
     #: Why it ended so; `None` for a run that completed or has not ended.
     reason: str | None
@@ -149,6 +156,10 @@ def view_of(state: RunState, steps: Sequence[str], store: Artifacts) -> RunView:
         run_id=state.run_id,
         workflow=state.workflow,
         version=state.version,
+        tenant=state.tenant,
+        parent=state.parent,
+        origin=state.origin,
+        how=state.how,
         status=state.status,
         reason=state.reason,
         input=_opened(state.input, store),
@@ -298,6 +309,11 @@ def _kept_event(state: RunState, name: str) -> dict[str, object]:
     result = state.step(name)
     data: dict[str, object] = {"origin": state.run_id, "status": result.status.value, "error": result.error}
     return data | ({"tolerated": True} if result.status is StepStatus.FAILED else {})
+
+
+def cache_stats() -> Stats:
+    """How often steps with a `cache` were answered from it, since it was last left alone for a week."""
+    return Cache(record().scripts()).stats()
 
 
 def register(workflow: Workflow | Built | Mapping[str, object] | str | PathLike[str]) -> tuple[str, str]:

@@ -116,6 +116,10 @@ def test_time_is_spent_working_or_waiting_and_the_longest_comes_first() -> None:
 
 def test_the_report_has_outputs_usage_cost_and_time() -> None:
     view = RunView(
+        tenant="default",
+        parent=None,
+        origin=None,
+        how=None,
         run_id="run_1",
         workflow="x",
         version="1",

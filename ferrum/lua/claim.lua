@@ -34,7 +34,11 @@ local needs, skipped = {}, 0
 if #here.n > 0 then
   local names = {}
   for i = 1, #here.n do names[i] = prefix .. here.n[i] end
-  needs = redis.call('HMGET', steps_key, unpack(names))
+  -- Not all at once: a script can hand on some thousand values.
+  for from = 1, #names, 1000 do
+    local some = redis.call('HMGET', steps_key, unpack(names, from, math.min(from + 999, #names)))
+    for i = 1, #some do needs[from + i - 1] = some[i] end
+  end
 end
 for i = 1, #here.n do
   local need = parse(needs[i])

@@ -15,11 +15,14 @@ if redis.call('HEXISTS', plan_key, ' doc') == 0 then return { 'plan' } end
 local depth, of_run = 1, tonumber(ARGV[12])
 if ARGV[14] ~= '' then
   local parent, step = string.match(ARGV[14], '^(%S+) (%S+)$')
-  local status, deep
-  status, deep, of_run = unpack(redis.call('HMGET', base .. ':run:' .. parent, 'status', 'depth', 'lane'))
-  if not LIVE[status] and status ~= 'compensating' then return { 'gone' } end
+  local deep
+  deep, of_run = unpack(redis.call('HMGET', base .. ':run:' .. parent, 'depth', 'lane'))
+  open(parent)
   -- Cancelled or too late, while its worker got here: nobody would end what begins now.
-  if ENDED[parse(redis.call('HGET', base .. ':steps:' .. parent, step)).s] then return { 'gone' } end
+  local gone = not live(node(step)) or ENDED[load(step).s]
+  open(ARGV[1])
+  if gone then return { 'gone' } end
+  plan_key = base .. ':plan:' .. ARGV[4]
   depth = (deep or 1) + 1
   if depth > tonumber(ARGV[15]) then return { 'deep' } end
 end

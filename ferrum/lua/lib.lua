@@ -448,7 +448,7 @@ local function frame_ended(frame, here)
   end
 end
 
--- Take a step that has not ended out of whatever it is in.
+-- Take a step that has not ended out of whatever it is in. Returns what it had reserved: nobody knows what it used.
 local function withdraw(step, state, here)
   if state.s == 'running' then
     if state.k then redis.call('ZREM', leases_key, member(step) .. ' ' .. state.k) end
@@ -461,8 +461,10 @@ local function withdraw(step, state, here)
     active = active - 1
   end
   redis.call('ZREM', timers_key, member(step .. '!d'))
-  settle(state, state.r or {})
+  local reserved = state.r
+  settle(state, reserved or {})
   state.k, state.p, state.u = nil, nil, nil
+  return reserved
 end
 
 -- What goes on inside a step goes on no longer.
@@ -473,9 +475,9 @@ local function cancel_inside(step)
     if string.sub(name, 1, #start) == start then
       local state = load(name)
       if not ENDED[state.s] then
-        withdraw(name, state, node(name))
+        local reserved = withdraw(name, state, node(name))
         state.s = 'cancelled'
-        state.e = emit('step.cancelled', name, cjson.encode({ attempt = state.a }))
+        state.e = emit('step.cancelled', name, cjson.encode({ attempt = state.a, usage = reserved }))
         save(name, state)
       end
       redis.call('SREM', open_key, name)
@@ -560,11 +562,12 @@ end
 
 -- A step fails though no worker says so.
 local function fail(step, here, state, error)
-  withdraw(step, state, here)
+  local reserved = withdraw(step, state, here)
   active = active + 1 -- conclude counts it once more
   state.s = 'failed'
   state.y = here.y
-  state.e = emit('step.failed', step, cjson.encode({ attempt = state.a, error = error, tolerated = here.y and true or nil }))
+  local data = { attempt = state.a, error = error, tolerated = here.y and true or nil, usage = reserved }
+  state.e = emit('step.failed', step, cjson.encode(data))
   detach(step, state, here)
   save(step, state)
   return conclude(step, here, state, false, '')
