@@ -253,17 +253,18 @@ class Executor:
     def __post_init__(self) -> None:
         self.shared = Shared.of(self.record, self.breaking)
 
-    def turn(self, whos: Sequence[Who]) -> tuple[Resend, ...]:
-        """Wake these, whose turn came at a limit; what must be sent. Who has ended gives it to the next."""
-        return self._wake(whos, LIMIT, "its turn came", self.shared.limits.forget)
+    def wake_at_limit(self, whos: Sequence[Who]) -> tuple[Resend, ...]:
+        """Wake these, whose turn came; what must be sent."""
+        return self.wake(whos, LIMIT, "its turn came", instead=self.shared.limits.forget)
 
-    def there(self, digest: str, whos: Sequence[Who]) -> tuple[Resend, ...]:
-        """Wake these, for whom it is in the cache or who may compute it; what must be sent."""
-        return self._wake(whos, CACHE, "it may look again", lambda who: self.shared.cache.give_up(digest, who))
+    def wake_at_cache(self, digest: str, whos: Sequence[Who], why: str) -> tuple[Resend, ...]:
+        """Wake these, who wait for that; what must be sent."""
+        return self.wake(whos, CACHE, why, instead=lambda who: self.shared.cache.give_up(digest, who))
 
-    def _wake(
-        self, whos: Sequence[Who], kind: str, why: str, instead: Callable[[Who], Sequence[Who]]
+    def wake(
+        self, whos: Sequence[Who], kind: str, why: str, *, instead: Callable[[Who], Sequence[Who]] = lambda _: ()
     ) -> tuple[Resend, ...]:
+        """Wake these, if they wait for that; what must be sent. Who has ended says who is to be woken `instead`."""
         sends: list[Resend] = []
         left = list(whos)
         while left:
@@ -290,16 +291,17 @@ class Executor:
         sends: tuple[Resend, ...] = ()
         for one, who in found:
             if not one.going and one.kind == LIMIT:
-                sends += self.turn(self.shared.limits.leave(who, one.key))
+                sends += self.wake_at_limit(self.shared.limits.leave(who, one.key))
             elif not one.going:
-                sends += self.there(one.key, self.shared.cache.give_up(one.key, who))
+                left = self.shared.cache.give_up(one.key, who)
+                sends += self.wake_at_cache(one.key, left, "it may compute it")
         return sends
 
     def share(self) -> tuple[Resend, ...]:
         """Give to those who wait what the dead held of what all share; what must be sent."""
-        sends = self.turn(self.shared.limits.sweep())
+        sends = self.wake_at_limit(self.shared.limits.sweep())
         for digest, who in self.shared.cache.sweep():
-            sends += self.there(digest, [who])
+            sends += self.wake_at_cache(digest, [who], "it may look again")
         return sends
 
     def attempt(self, run_id: str, step_id: str, signature: Callable[[], str]) -> Outcome:
@@ -567,21 +569,21 @@ class _Attempt:
 
     def _let_go(self, envelope: str = "") -> tuple[Resend, ...]:
         """Give back what is shared, and to the cache what was computed; what must be sent."""
-        shared, wake = self._executor.shared, self._executor.wake
+        shared, wake = self._executor.shared.cache, self._executor.wake_at_cache
         sends = self._leave_slot()
         cache = self._step.spec.cache
         if self._hold.digest and cache is not None:
             digest, self._hold.digest = self._hold.digest, ""
             if envelope:
-                sends += wake(shared.cache.put(digest, self._who, envelope, cache.ttl), CACHE, "it is there")
+                sends += wake(digest, shared.put(digest, self._who, envelope, cache.ttl), "it is there")
             else:
-                sends += wake(shared.cache.give_up(digest, self._who), CACHE, "it may compute it")
+                sends += wake(digest, shared.give_up(digest, self._who), "it may compute it")
         return sends
 
     def _leave_slot(self) -> tuple[Resend, ...]:
         slot, self._hold.slot = self._hold.slot, ""
         limits = self._executor.shared.limits
-        return self._executor.wake(limits.leave(self._who, slot), LIMIT, "its turn came") if slot else ()
+        return self._executor.wake_at_limit(limits.leave(self._who, slot)) if slot else ()
 
     # What composed steps ask for.
 

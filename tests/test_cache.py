@@ -39,6 +39,10 @@ def cache(client: redis.Redis, clock: Clock) -> Cache:
     return Cache(Scripts(client), clock)
 
 
+def named(cache: Cache) -> list[Who]:
+    return [who for _, who in cache.sweep()]
+
+
 def test_what_is_not_there_is_computed_by_who_asks_first_and_found_by_all(cache: Cache) -> None:
     assert cache.enter(ASKED, A, HOLD_S) == Compute()
     assert isinstance(cache.enter(ASKED, B, HOLD_S), Wait)
@@ -125,18 +129,18 @@ def test_who_waits_for_one_that_died_is_woken_one_after_the_other(cache: Cache, 
     for who in (B, C):
         clock.move(0.001)
         assert cache.enter(ASKED, who, HOLD_S) == Wait(SAFETY_S)
-    assert cache.sweep() == []
+    assert named(cache) == []
     clock.move(10)
-    assert cache.sweep() == [B]
-    assert cache.sweep() == []
+    assert named(cache) == [B]
+    assert named(cache) == []
     for _ in range(4):
         clock.move(1)
-        assert cache.sweep() == [B]
+        assert named(cache) == [B]
     clock.move(1)
-    assert cache.sweep() == [C]
+    assert named(cache) == [C]
     assert cache.enter(ASKED, C, HOLD_S) == Compute()
     clock.move(1)
-    assert cache.sweep() == []
+    assert named(cache) == []
 
 
 def test_while_it_is_computed_nobody_is_woken(cache: Cache, clock: Clock) -> None:
@@ -145,7 +149,7 @@ def test_while_it_is_computed_nobody_is_woken(cache: Cache, clock: Clock) -> Non
     for _ in range(3):
         clock.move(59)
         assert cache.renew([(ASKED, A)], 60) == []
-        assert cache.sweep() == []
+        assert named(cache) == []
 
 
 def test_who_was_woken_and_does_not_come_is_named_again_for_a_while(cache: Cache, clock: Clock) -> None:
@@ -153,15 +157,15 @@ def test_who_was_woken_and_does_not_come_is_named_again_for_a_while(cache: Cache
         cache.enter(ASKED, who, HOLD_S)
         clock.move(0.001)
     assert cache.put(ASKED, A, "v", 60) == [B, C]
-    assert cache.sweep() == []
+    assert named(cache) == []
     clock.move(1)
-    assert cache.sweep() == [B, C]
+    assert named(cache) == [B, C]
     assert cache.enter(ASKED, B, HOLD_S) == Hit("v")
     for _ in range(4):
         clock.move(1)
-        assert cache.sweep() == [C]
+        assert named(cache) == [C]
     clock.move(1)
-    assert cache.sweep() == []
+    assert named(cache) == []
 
 
 def test_when_the_first_who_waits_was_woken_in_vain_it_is_named_again(cache: Cache, clock: Clock) -> None:
@@ -169,7 +173,7 @@ def test_when_the_first_who_waits_was_woken_in_vain_it_is_named_again(cache: Cac
         cache.enter(ASKED, who, HOLD_S)
     assert cache.give_up(ASKED, A) == [B]
     clock.move(1)
-    assert cache.sweep() == [B]
+    assert named(cache) == [B]
 
 
 # What is seen of it.
