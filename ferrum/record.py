@@ -406,7 +406,9 @@ def _wire(usage: Usage) -> dict[str, int]:
 
 
 def _dumps(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    # Half a character, as an error has that names a file whose name is not UTF-8, cannot be sent.
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 class Record(Connection):

@@ -279,7 +279,8 @@ def _take_over(run_id: str, how: str, plan: Plan, changes: Mapping[str, JsonValu
     given = plan.workflow.check_input({**before, **changes})
     changed = [name for name in {*given, *before} if given.get(name) != before.get(name)]
     kept = _kept(state, plan, plan.behind([*again, *plan.reading(changed)]))
-    run = plan.new_run(new_run_id(), None, artifacts().keep(given).dumps(), origin=(run_id, how))
+    kept_input = artifacts().keep(given).dumps()
+    run = plan.new_run(new_run_id(), None, kept_input, tenant=state.tenant, origin=(run_id, how))
     record().create(run)
     record().adopt(
         run.run_id,

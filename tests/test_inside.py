@@ -439,7 +439,7 @@ def test_what_completed_is_undone_when_the_run_is_cancelled(office: Office) -> N
     assert office.record.status(run) is RunStatus.WAITING_APPROVAL
     sends = office.record.cancel(run, "ann", "enough")
     assert office.record.status(run) is RunStatus.COMPENSATING
-    with pytest.raises(Conflict, match="it is compensating"):
+    with pytest.raises(Conflict, match="is being undone"):
         office.record.cancel(run, "bob")
     with pytest.raises(Conflict, match="run compensating"):
         office.record.decide(run, "b", Verdict(True, "bob"))
