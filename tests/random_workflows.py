@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+import hypothesis
+from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
 Step: TypeAlias = dict[str, Any]
+Document: TypeAlias = dict[str, Any]
+
+#: How many, and which: more of them, and others, make a long hunt of the tests.
+EXAMPLES = int(os.environ.get("LANGUAGE_EXAMPLES", "16"))
+SEED = int(os.environ.get("LANGUAGE_SEED", "0"))
+#: What each run is given.
+GIVEN: dict[str, Any] = {"n": [1, 2]}
 
 #: Most steps that are written, and that are run when each loop is as long as it may be.
 MOST_WRITTEN, MOST_RUN = 40, 90
@@ -251,3 +261,20 @@ class _Maker:
 def workflows(draw: DrawFn) -> dict[str, Any]:
     """A document that is valid; of three, one has nothing in it that fails."""
     return _Maker(draw, clumsy=draw(st.sampled_from([0, 6, 18]))).workflow(0)
+
+
+def some(count: int, seed: int) -> list[Document]:
+    """So many random workflows, the same ones for the same seed."""
+    found: list[Document] = []
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=count, database=None, deadline=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(workflows())
+    def draw(document: Document) -> None:
+        found.append(document)
+
+    draw()
+    return found
