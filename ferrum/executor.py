@@ -690,6 +690,12 @@ class _Attempt:
         assert isinstance(errors, list)
         return int(str(memory["fallback"])), [str(error) for error in errors]
 
+    @property
+    def _denied(self) -> str:
+        """What the policy had against a try before this one."""
+        memory = self._claim.memory
+        return str(memory.get("denied", "")) if isinstance(memory, dict) else ""
+
     def _fell_back(self, number: int, errors: list[str], signature: Callable[[], str]) -> tuple[Then, Ended]:
         done = self.frame(f"fallback{number}")
         if not done.error and done.over:
@@ -697,12 +703,12 @@ class _Attempt:
             return Then.PASS, self._finish(
                 StepStatus.COMPLETED, {"fallback": number, "errors": errors}, output=envelope
             )
-        return self._give_up([*errors, done.error or "it did not end"], number, done.denied, signature)
+        return self._give_up([*errors, done.error or "it did not end"], number, self._denied or done.denied, signature)
 
     def _give_up(self, errors: list[str], number: int, denied: str, signature: Callable[[], str]) -> tuple[Then, Ended]:
         """Every try has failed: the next alternative, or the end."""
         if number < self._step.fallbacks:
-            memory: JsonValue = {"fallback": number + 1, "errors": list[JsonValue](errors)}
+            memory: JsonValue = {"fallback": number + 1, "errors": list[JsonValue](errors), "denied": denied}
             left = Inside(
                 f"fallback {number + 1}: {errors[-1]}", label=f"fallback{number + 1}", items=[errors[-1]], memory=memory
             )

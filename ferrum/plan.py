@@ -687,7 +687,7 @@ class _Compiler:
         # Its step's siblings have ended long since, and are read as what is further out is.
         seen = {"output": _Bound("step", _parts(step.id)), "params": _Bound("params", 0, step.id)}
         self._layer(id, spec, _Place({**place.scope, **seen}, (), "", undoing=True), _Layer.ALL, outer=False)
-        self.steps[id] = replace(self.steps[id], undoes=step)
+        self.steps[id] = replace(self.steps[id], undoes=step, deadline_s=spec.deadline)
 
 
 class _Layer(IntEnum):

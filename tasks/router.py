@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, JsonValue
 
-from ferrum.errors import StepError
+from ferrum.errors import Denied, StepError
 from ferrum.steps import Attempt, Composed, Health, Inside, Params, StepType
 from ferrum.workflow import Route, Step
 
@@ -35,10 +35,12 @@ class Router(StepType[RouterParams]):
         tried: list[str] = [str(name) for name in _list(memory.get("tried"))]
         errors: list[str] = [str(error) for error in _list(memory.get("errors"))]
         among = whole.spec.among
+        denied = bool(memory.get("denied"))
         if tried:
             name = tried[-1]
             done = whole.frame(name)
             took_ms = (time.time() - float(str(memory["since"]))) * 1000
+            denied = denied or bool(done.denied)
             if not done.denied:
                 whole.report(
                     target_of(name, among[name], whole.address), ok=done.over and not done.error, latency_ms=took_ms
@@ -52,12 +54,14 @@ class Router(StepType[RouterParams]):
             ends = {name: health[target] for name, target in targets.items()}
             best, why = _choose(params, {name: among[name] for name in targets}, ends)
             if best is None:
-                raise StepError("; ".join([*errors, *([why] if why else [])]), retry=True)
+                said = "; ".join([*errors, *([why] if why else [])])
+                raise Denied(said) if denied else StepError(said, retry=True)
             if whole.allowed(targets[best]):
                 break
             # Another step tries just now whether it is well again.
             health[targets[best]] = Health(usable=False)
-        more: dict[str, JsonValue] = {"tried": [*tried, best], "errors": [*errors], "since": time.time()}
+        tried.append(best)
+        more: dict[str, JsonValue] = {"tried": [*tried], "errors": [*errors], "denied": denied, "since": time.time()}
         raise Inside(f"{best!r}, {why}", label=best, memory=more, wake_in_s=attempt.timeout_s)
 
 

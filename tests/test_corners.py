@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 from by_hand import ByHand
-from fleet import assert_events_agree
+from fleet import assert_events_agree, eventually
 from office import Office
 
 from ferrum import runs
 from ferrum.artifacts import Artifacts
 from ferrum.errors import StepError
 from ferrum.governance.budget import Limits
+from ferrum.governance.policy import Policy
 from ferrum.loop import LoopThread
 from ferrum.plan import Plan, _remembered
 from ferrum.record import Claimed, Frames, Lost, Record, new_run_id
@@ -150,3 +151,30 @@ def test_a_run_again_is_of_the_same_tenant(clean_redis: str) -> None:
     first = runs.submit({"name": "x", "steps": {"a": T}}, tenant="acme")
     runs.cancel(first)
     assert runs.show(runs.rerun(first)).tenant == "acme"
+
+
+DENIED = {"type": "tool", "tool": "git.log", "input": {}}
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"type": "router", "by": "cost", "among": {"one": {**DENIED, "cost": 1}, "two": {"type": "act", "cost": 2}}},
+        {**DENIED, "fallback": [{"type": "act"}]},
+        {"type": "act", "fallback": [DENIED, {"type": "act"}]},
+    ],
+)
+def test_what_was_denied_and_what_nothing_then_did_blocks_the_run(office: Office, step: dict[str, Any]) -> None:
+    office.executor.policy = Policy.of({})
+    office.says |= dict.fromkeys(("a", "a.two", "a.fallback1", "a.fallback2"), StepError("no"))
+    assert office.said(office.run({"a": step}))[0] == "policy_blocked"
+    office.says |= dict.fromkeys(("a.two", "a.fallback1", "a.fallback2"), 1)
+    assert office.said(office.run({"a": step}))[0] == "completed"
+
+
+def test_what_undoes_may_have_a_deadline(office: Office) -> None:
+    office.says["b"] = StepError("no")
+    undo = {"type": "wait", "signal": "go", "deadline": "1ms"}
+    run = office.run({"a": {"type": "act", "compensate": undo}, "b": {"type": "act", "needs": ["a"]}})
+    eventually(lambda: office.go_on(office.sweep()) or office.said(run)[0] == "failed", every_s=0.001)
+    assert office.said(run) == ("failed", "'b' failed; not undone: 'a'")

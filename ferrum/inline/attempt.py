@@ -391,17 +391,23 @@ class Attempt:
         assert isinstance(errors, list)
         return int(str(memory["fallback"])), [str(error) for error in errors]
 
+    @property
+    def _denied(self) -> str:
+        """What the policy had against a try before this one."""
+        memory = self._state.memory
+        return str(memory.get("denied", "")) if isinstance(memory, dict) else ""
+
     def _fell_back(self, number: int, errors: list[str]) -> None:
         done = self.frame(f"fallback{number}")
         if not done.error and done.over:
             data = {"fallback": number, "errors": errors}
             return self._finish(StepStatus.COMPLETED, data, output=self._kept(done.output))
-        return self._give_up([*errors, done.error or "it did not end"], number, done.denied)
+        return self._give_up([*errors, done.error or "it did not end"], number, self._denied or done.denied)
 
     def _give_up(self, errors: list[str], number: int, denied: str) -> None:
         """Every try has failed: the next alternative, or the end."""
         if number < self._step.fallbacks:
-            memory: JsonValue = {"fallback": number + 1, "errors": list[JsonValue](errors)}
+            memory: JsonValue = {"fallback": number + 1, "errors": list[JsonValue](errors), "denied": denied}
             message = f"fallback {number + 1}: {errors[-1]}"
             # Its own act is over, and so is its turn.
             self._world.shared.limits.leave(self._who)

@@ -236,8 +236,9 @@ local function undo_next()
   local step = redis.call('RPOP', undo_key)
   if step then
     local undo = step .. '.compensate'
+    local here = node(undo)
     redis.call('HSET', run_key, 'undoing', undo)
-    make_ready(undo, node(undo).q)
+    make_ready(undo, here.q, here.d)
     send(undo, '')
     return
   end
