@@ -412,8 +412,7 @@ def test_a_case_is_called_by_its_own_label_in_its_until() -> None:
         ),
         (
             "  a: {type: x, fallback: [{type: x, p: '{{ output }}'}]}",
-            "4:40: steps.a.fallback[0].p: 'output' is there only in a 'compensate', where they are what its step"
-            " returned and was given",
+            "4:40: steps.a.fallback[0].p: 'output' is there only in a 'compensate', where it is what its step returned",
         ),
         # Parts that do not go together.
         (
@@ -931,3 +930,15 @@ def test_any_steps_in_steps_are_a_workflow_that_comes_back_or_a_workflow_error(s
         names = {"input", *made.steps}
         assert all(step.references <= names - {name} for name, step in made.steps.items())
         assert set(TopologicalSorter(inner_needs(made.steps)).static_order()) == {*made.steps}
+
+
+def test_what_undoes_is_not_undone_itself_and_sees_no_params_of_rounds() -> None:
+    inner = {"type": "task", "task": "t", "compensate": {"type": "task", "task": "t"}}
+    nested = {"type": "task", "task": "t", "compensate": {"type": "block", "steps": {"x": inner}}}
+    with pytest.raises(WorkflowError, match="this is part of what undoes a step, and is not undone itself"):
+        Workflow.of({"name": "w", "steps": {"a": nested}})
+    rounds = {"type": "task", "task": "t", "repeat": {"until": "round == 2", "max": 2}}
+    undo = {"type": "task", "task": "t", "input": {"p": "{{ params.task }}"}}
+    with pytest.raises(WorkflowError, match="unless a 'repeat' gives it more than once"):
+        Workflow.of({"name": "w", "steps": {"a": {**rounds, "compensate": undo}}})
+    assert Workflow.of({"name": "w", "steps": {"a": {"type": "task", "task": "t", "compensate": undo}}})

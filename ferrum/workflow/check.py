@@ -58,7 +58,8 @@ _PLACED: Final[Mapping[str, str]] = {
     ),
     **dict.fromkeys(("round", "previous"), "in what is done in each round of a 'repeat'"),
     "error": "in a 'fallback', where it says why the step failed",
-    **dict.fromkeys(("output", "params"), "in a 'compensate', where they are what its step returned and was given"),
+    "output": "in a 'compensate', where it is what its step returned",
+    "params": "in a 'compensate', where it is what its step was given, unless a 'repeat' gives it more than once",
 }
 
 
@@ -182,9 +183,11 @@ class _Check:
             each = scope.bind(*names)
         yield from self._values(mapping(step.get("cache")).get("key"), (*where, "cache", "key"), each)
         yield from self._round(name, step, where, each)
-        yield from self._parts(
-            step, where, {"fallback": each.bind("error"), "compensate": each.bind("output", "params")}
-        )
+        if "compensate" in step and "output" in scope.bound and scope.part != "compensate":
+            message = "this is part of what undoes a step, and is not undone itself: leave out 'compensate'"
+            yield self._places.problem(message, *where, "compensate", key=True)
+        undone = each.bind("output", *(() if "repeat" in step else ("params",)))
+        yield from self._parts(step, where, {"fallback": each.bind("error"), "compensate": undone})
 
     def _round(self, name: str, step: Written, where: Where, scope: _Scope) -> Iterator[Problem]:
         """What is done anew in each round of a `repeat`, or once."""
