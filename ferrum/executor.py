@@ -344,6 +344,7 @@ class Executor:
 
     def _claimed(self, held: Held, claim: Claimed, signature: Callable[[], str]) -> Outcome:
         hold = self.holds.add(held)
+        attempt: _Attempt | None = None
         try:
             plan = self.plan(held.run_id, claim.plan)
             attempt = _Attempt(self, hold, claim, plan, plan.step(held.step_id))
@@ -352,10 +353,12 @@ class Executor:
                 return self._after(held.run_id, plan, send, held)
         except Over as over:
             self.holds.drop(held)
-            return Outcome(Then.DROP, held.run_id, sends=over.sends)
+            sends = attempt.give_way() if attempt else ()
+            return Outcome(Then.DROP, held.run_id, sends=over.sends + sends)
         except Lost:
             self.holds.drop(held)
-            return Outcome(Then.DROP)
+            sends = attempt.give_way() if attempt else ()
+            return Outcome(Then.DROP, held.run_id, sends=sends) if sends else Outcome(Then.DROP)
         except BaseException:
             # No longer renewed, so that the step is given to another worker.
             self.holds.drop(held)
@@ -579,6 +582,16 @@ class _Attempt:
             else:
                 sends += wake(digest, shared.give_up(digest, self._who), "it may compute it")
         return sends
+
+    def give_way(self) -> tuple[Resend, ...]:
+        """Its claim was lost: what is shared is given back, unless the step goes on elsewhere and needs it."""
+        if not self._hold.shared:
+            return ()
+        try:
+            self._executor.record.wake(self.run_id, self.step_id, "", "")
+        except Lost:
+            return self._let_go()
+        return ()
 
     def _leave_slot(self) -> tuple[Resend, ...]:
         slot, self._hold.slot = self._hold.slot, ""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from by_hand import ByHand
 from fleet import assert_events_agree, eventually
-from office import Office
+from office import Given, Office
 
 from ferrum import runs
 from ferrum.artifacts import Artifacts
@@ -20,7 +20,7 @@ from ferrum.loop import LoopThread
 from ferrum.plan import Plan, _remembered
 from ferrum.record import Claimed, Frames, Lost, Record, new_run_id
 from ferrum.results import RunStatus, StepStatus, Usage
-from ferrum.steps import step_types
+from ferrum.steps import Attempt, step_types
 from ferrum.workflow import Workflow
 
 T = {"type": "task", "task": "t"}
@@ -178,3 +178,23 @@ def test_what_undoes_may_have_a_deadline(office: Office) -> None:
     run = office.run({"a": {"type": "act", "compensate": undo}, "b": {"type": "act", "needs": ["a"]}})
     eventually(lambda: office.go_on(office.sweep()) or office.said(run)[0] == "failed", every_s=0.001)
     assert office.said(run) == ("failed", "'b' failed; not undone: 'a'")
+
+
+@pytest.mark.parametrize(
+    "shared", [{"concurrency": {"key": "k", "limit": 1}}, {"cache": {"key": "k", "ttl": "1h"}}], ids=["limit", "cache"]
+)
+def test_a_step_whose_run_is_cancelled_while_it_acts_gives_way_to_the_next(
+    office: Office, shared: dict[str, Any]
+) -> None:
+    step = {"a": {"type": "act", "value": 1, **shared}}
+    others: list[str] = []
+
+    def cancel_itself(_: Given, attempt: Attempt) -> None:
+        office.says.clear()
+        others.append(office.run(step))
+        assert office.statuses(others[0]) == {"a": "waiting"}
+        office.record.cancel(attempt.run_id, "ann")
+
+    office.says["a"] = cancel_itself
+    assert office.said(office.run(step))[0] == "cancelled"
+    assert office.said(others[0])[0] == "completed"
