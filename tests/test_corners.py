@@ -21,6 +21,7 @@ from ferrum.plan import Plan, _remembered
 from ferrum.record import Claimed, Frames, Lost, Record, new_run_id
 from ferrum.results import RunStatus, StepStatus, Usage
 from ferrum.steps import Attempt, step_types
+from ferrum.testing import Sent, run_inline
 from ferrum.workflow import Workflow
 
 T = {"type": "task", "task": "t"}
@@ -198,3 +199,11 @@ def test_a_step_whose_run_is_cancelled_while_it_acts_gives_way_to_the_next(
     office.says["a"] = cancel_itself
     assert office.said(office.run(step))[0] == "cancelled"
     assert office.said(others[0])[0] == "completed"
+
+
+def test_what_undoes_may_wait_for_a_signal_in_this_process_too() -> None:
+    undo = {"type": "wait", "signal": "go", "timeout": "1h"}
+    gone = {"type": "wait", "signal": "never", "timeout": "1s", "needs": ["a"]}
+    steps = {"a": {"type": "wait", "for": "1s", "compensate": undo}, "b": gone}
+    run = run_inline({"name": "x", "steps": steps}, signals={"go": Sent("now", after_s=60)})
+    assert (run.status, run.reason) == (RunStatus.FAILED, "'b' failed")

@@ -333,14 +333,16 @@ class Run:
         self._tell()
 
     def signal(self, name: str, envelope: str) -> None:
-        if self.status not in _LIVE:
+        # What undoes may wait for one, too.
+        if self.status not in _LIVE and self.status is not RunStatus.COMPENSATING:
             return
         self._emit("signal.received", "", {"name": name, "by": ""}, envelope)
         waiting = self._waiting[name]
         while waiting:
             step_id = waiting.pop(0)
             state = self.steps[step_id]
-            if state.status is StepStatus.WAITING and state.kind == "signal":
+            going = self.live(self.plan.step(step_id))
+            if going and state.status is StepStatus.WAITING and state.kind == "signal":
                 state.signal = envelope
                 self._wake(step_id, state, "its signal came")
                 break
