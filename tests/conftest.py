@@ -39,7 +39,7 @@ def clean_redis(redis_url: str) -> str:
     """The same URL, with nothing in it when the test begins, and no worker on it."""
     flush(redis_url)
     with redis.Redis.from_url(redis_url) as client:
-        listening = [one for one in client.client_list() if one["cmd"] == "brpop"]
+        listening = [one for one in client.client_list() if one["cmd"] == "brpop" and "b" in one["flags"]]
     assert not listening, f"a worker of a test before this one is still there: {listening}"
     return redis_url
 
