@@ -28,6 +28,7 @@ from ferrum.steps import Params, StepType, step_types
 from ferrum.workflow import COMMON, Defaults, Retry, Step, Workflow, inner_needs, labels
 
 if TYPE_CHECKING:
+    from celery import Celery
     from celery.canvas import Signature
 
 #: Steps that one chain carries. Each message of a chain holds the rest of it, so bytes grow with the square of this;
@@ -368,12 +369,14 @@ class Plan:
         name = head.rpartition(".")[2]
         return body.segment_of(name), head[: len(head) - len(name)]
 
-    def canvas(self, run_id: str, segment: Segment, prefix: str = "", lane: int | None = None) -> Signature:
+    def canvas(
+        self, run_id: str, segment: Segment, prefix: str = "", lane: int | None = None, app: Celery | None = None
+    ) -> Signature:
         """The Celery canvas of one segment; its messages hold `(run_id, step_id)` and nothing else."""
         from celery import chain, group
 
         def signature(step: str) -> Signature:
-            return self.signature(run_id, prefix + step, lane)
+            return self.signature(run_id, prefix + step, lane, app)
 
         parts: list[Signature] = []
         for element in segment.elements:
@@ -383,12 +386,15 @@ class Plan:
                 parts.append(signature(element))
         return parts[0] if len(parts) == 1 else chain(*parts)
 
-    def signature(self, run_id: str, step: str, lane: int | None = None) -> Signature:
-        """One step as an immutable signature, under the task id that it always has."""
+    def signature(self, run_id: str, step: str, lane: int | None = None, app: Celery | None = None) -> Signature:
+        """One step as an immutable signature, under the task id that it always has.
+
+        Without an `app` it is of whichever was made last in this process, which may be the user's own.
+        """
         from celery import Signature
 
         options = {"task_id": task_id(run_id, step), "priority": self.lane if lane is None else lane}
-        return Signature(self.step(step).type.task, (run_id, step), immutable=True, options=options)
+        return Signature(self.step(step).type.task, (run_id, step), immutable=True, options=options, app=app)
 
     def __str__(self) -> str:
         return "\n".join(_describe(self))

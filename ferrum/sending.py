@@ -56,9 +56,9 @@ def send(app: Celery, plan_of: Callable[[str], Plan], sends: Sequence[Resend]) -
 def _canvas(app: Celery, plan_of: Callable[[str], Plan], what: Resend) -> Signature:
     if what.signature == "head":
         plan = plan_of(what.run_id)
-        return plan.canvas(what.run_id, *plan.starting_with(what.step_id), lane=what.lane)
+        return plan.canvas(what.run_id, *plan.starting_with(what.step_id), lane=what.lane, app=app)
     if not what.signature:
-        return plan_of(what.run_id).signature(what.run_id, what.step_id, what.lane)
+        return plan_of(what.run_id).signature(what.run_id, what.step_id, what.lane, app)
     from celery import signature
 
     return signature(json.loads(what.signature), app=app)

@@ -12,7 +12,7 @@ from typing import Any
 import flow_steps as f
 import pytest
 from fleet import Fleet, ended
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import ferrum
@@ -641,7 +641,7 @@ def _grown(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         several.map(lambda flows: Fallback(*flows)),
         st.tuples(inner, inner).map(lambda two: Conditional(f.nothing, *two)),
         inner.map(lambda flow: Switch("{{ input.url }}", {"a b": flow, "default": f.nothing})),
-        st.tuples(inner, inner).map(Saga),
+        st.tuples(inner, st.sampled_from([f.nothing, f.together])).map(Saga),
     )
 
 
@@ -649,7 +649,12 @@ def _grown(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 @given(st.recursive(_LEAVES, _grown, max_leaves=12))
 def test_any_tree_makes_a_plan_that_is_read_back_the_same(flow: Any) -> None:
     flow = Sequential(step(f.together, input=[]), flow, step(f.together, name="last"))
-    made = flow.workflow(inputs={"url": {"type": "string"}, "tries": {"type": "integer"}})
+    try:
+        made = flow.workflow(inputs={"url": {"type": "string"}, "tries": {"type": "integer"}})
+    except WorkflowError as error:
+        # More outputs before a function than it has parameters: refused, and not what this is about.
+        assume("is called with" not in str(error))
+        raise
     assert Workflow.of(made.to_dict()) == made
     # The last one comes after everything.
     before = {need for name in made.steps for need in made.needs_of(name)}

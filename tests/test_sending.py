@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import redis
+from celery import Celery
 from fleet import lane
 
 import ferrum
@@ -75,6 +76,18 @@ def park(run_id: str, step: str, kind: str = "approval", *, signature: str = "{}
 def test_what_a_run_begins_with_is_in_the_queue_and_nothing_else(queue: Queue) -> None:
     ferrum.submit(workflow({**DIAMOND, "x": TASK}))
     assert sorted(queue.take()) == ["a", "x"]
+
+
+def test_another_celery_app_of_the_same_process_has_no_say_in_where_messages_go(queue: Queue) -> None:
+    from ferrum.celery import app as ferrum_app
+
+    mine = Celery("mine", broker="memory://", set_as_current=True)
+    try:
+        ferrum.submit(workflow(DIAMOND))
+        assert queue.take() == ["a"]
+    finally:
+        mine.close()
+        ferrum_app.set_current()
 
 
 def test_many_beginnings_are_all_sent(queue: Queue) -> None:
