@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from ferrum.local.redis import PrivateRedis
 from ferrum.testing.environment import environment, flush, nothing_of_the_machine
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+# The same examples each time: a run that fails is a change that broke something. `HYPOTHESIS_PROFILE=default` hunts.
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
 @pytest.fixture(scope="session")
