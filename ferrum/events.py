@@ -42,6 +42,8 @@ class RunCreated(_Event):
     #: sha256 of the plan.
     plan: str
     tenant: str = "default"
+    #: From 0 to 9, the most urgent.
+    priority: int = 5
     #: The run and the step that it is part of.
     parent: tuple[str, str] | None = None
     #: The run whose results it takes over, and how it came about: `rerun`, `resume` or `fork`.
@@ -258,6 +260,7 @@ class RunState:
     version: str = ""
     plan: str = ""
     tenant: str = "default"
+    priority: int = 5
     #: The run and the step that it is part of.
     parent: tuple[str, str] | None = None
     #: The run whose results it took over, and how it came about.
@@ -367,5 +370,5 @@ def _cancel_rest(state: RunState) -> None:
 def _create(state: RunState, event: RunCreated) -> None:
     state.run_id, state.plan, state.input = event.run_id, event.plan, event.output
     state.workflow, state.version, state.created_at = event.workflow, event.version, event.at
-    state.tenant, state.parent = event.tenant, event.parent
+    state.tenant, state.priority, state.parent = event.tenant, event.priority, event.parent
     state.origin, state.how = event.origin, event.how

@@ -430,7 +430,7 @@ class Record(Connection):
         deadline = str(round(run.deadline_s * 1000)) if run.deadline_s is not None else ""
         parent = " ".join(run.parent) if run.parent else ""
         made: dict[str, object] = {"workflow": run.workflow, "version": run.version, "plan": run.plan}
-        made["tenant"] = run.tenant
+        made |= {"tenant": run.tenant, "priority": LANES - 1 - run.lane}
         if run.parent:
             made["parent"] = run.parent
         if run.origin:

@@ -280,7 +280,9 @@ def _take_over(run_id: str, how: str, plan: Plan, changes: Mapping[str, JsonValu
     changed = [name for name in {*given, *before} if given.get(name) != before.get(name)]
     kept = _kept(state, plan, plan.behind([*again, *plan.reading(changed)]))
     kept_input = artifacts().keep(given).dumps()
-    run = plan.new_run(new_run_id(), None, kept_input, tenant=state.tenant, origin=(run_id, how))
+    run = plan.new_run(
+        new_run_id(), None, kept_input, priority=state.priority, tenant=state.tenant, origin=(run_id, how)
+    )
     record().create(run)
     record().adopt(
         run.run_id,

@@ -66,7 +66,7 @@ def test_a_registered_workflow_can_be_a_step_by_its_name(ran: Run, tmp_path: Pat
     assert ran("workflows", "register", file)[:2] == (0, "double 1 is registered\n")
     assert ran("workflows", "register", file)[0] == 0
     assert "double" in ran("workflows", "list")[1]
-    assert json.loads(ran("workflows", "list", "--json")[1]) == [{"name": "double", "version": "1", "newest": True}]
+    assert {"name": "double", "version": "1", "newest": True} in json.loads(ran("workflows", "list", "--json")[1])
     step = {"type": "workflow", "name": "double", "input": {"n": 4}}
     outer = ferrum.submit({"name": "outer", "steps": {"a": step}, "outputs": {"n": "{{ a.n }}"}}, priority=9)
     assert ended(outer).outputs == {"n": 8}
@@ -88,10 +88,14 @@ def test_a_run_goes_on_is_run_again_and_is_forked(ran: Run, tmp_path: Path) -> N
             "outputs": {"r": "{{ c }}"},
         },
         {"n": 10},
+        priority=8,
+        tenant="kim",
     )
     assert ended(failed).status is RunStatus.FAILED
     resumed = json.loads(ran("runs", "resume", failed, "--json")[1])["run_id"]
     assert ended(resumed).outputs == {"r": 13}
+    created = next(event for event in ferrum.watch(resumed) if event.type == "run.created")
+    assert (created.priority, created.tenant) == (8, "kim")
     assert f"resume of {failed}" in ran("runs", "show", resumed)[1]
     assert "has completed: nothing is left to do" in ran("runs", "resume", resumed)[2]
     again = json.loads(ran("runs", "rerun", resumed, "--from", "c", "--json")[1])["run_id"]
@@ -107,11 +111,12 @@ def test_a_run_goes_on_is_run_again_and_is_forked(ran: Run, tmp_path: Path) -> N
 
 def test_the_cache_says_how_often_it_was_hit(ran: Run) -> None:
     cached = {"name": "cached", "steps": {"a": echo(1, cache={"key": "k", "ttl": "1m"})}}
+    before = json.loads(ran("cache", "--json")[1])
     for _ in range(2):
         assert ended(ferrum.submit(cached)).status is RunStatus.COMPLETED
     stats = json.loads(ran("cache", "--json")[1])
-    assert (stats["hits"], stats["misses"]) == (1, 1)
-    assert ran("cache")[1].startswith("50.0% found: 1 times there, 1 times computed")
+    assert (stats["hits"] - before["hits"], stats["misses"] - before["misses"]) == (1, 1)
+    assert f"{stats['hits']} times there, {stats['misses']} times computed" in ran("cache")[1]
 
 
 def test_a_priority_out_of_range_is_refused(ran: Run, tmp_path: Path) -> None:
