@@ -21,7 +21,7 @@ import sys
 from _json import encode_basestring_ascii
 from _stat import S_ISDIR, S_ISREG
 from collections.abc import Callable
-from resource import RLIMIT_AS, RLIMIT_CORE, RLIMIT_CPU, RLIMIT_FSIZE, RLIMIT_NOFILE, setrlimit
+from resource import setrlimit
 from time import monotonic, sleep
 from typing import Any
 
@@ -39,7 +39,7 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _MOST_REFUSED = 100
 
 
-class suppress:  # noqa: N801
+class suppress:
     """`contextlib.suppress`, without what importing that brings along."""
 
     def __init__(self, *errors: type[Exception]) -> None:

@@ -13,7 +13,7 @@ from ferrum.errors import FerrumError
 from ferrum.governance.acts import CodeRun, WhyEnded
 from ferrum.sandbox.backend import Backend, Box, Kind, MemoryBy
 from ferrum.sandbox.job import Job
-from ferrum.sandbox.life import Sandbox, Starter
+from ferrum.sandbox.life import Starter
 from ferrum.sandbox.runtimes import Runtime
 
 
