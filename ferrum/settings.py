@@ -45,6 +45,12 @@ class Settings(BaseModel):
         None,
         description="Artifact store: `file:///path`, `s3://bucket/prefix`, `gs://…`, `az://…`. Default: under `home`.",
     )
+    indexes: str | None = Field(
+        None, description="Where indexes are kept: a directory as `file:///path`. Default: `indexes` under `home`."
+    )
+    embedding: str | None = Field(
+        None, description="Embedder of new indexes that name none: `lexical`, `local`, or a provider's model."
+    )
     policy: Path | None = Field(
         None, description="Policy file; default: `ferrum.policy.yaml` here, else all is denied."
     )
