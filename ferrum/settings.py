@@ -57,6 +57,11 @@ class Settings(BaseModel):
     tenant: str = Field(
         "default", min_length=1, max_length=100, description="Whose runs this process starts, unless it is said."
     )
+    runtimes: Path | None = Field(
+        None,
+        description="Where the sandbox's runtimes are; default: under `home`, and for root `/var/lib/ferrum/runtimes`, "
+        "which the users that its sandboxes run as can reach.",
+    )
     imports: str = Field("", description="Modules with your own Celery tasks and functions, comma separated.")
     lease: float = Field(8.0, ge=1, description="A step whose worker was silent this long is given to another.")
     heartbeat: float = Field(0.5, gt=0, description="How often a worker renews its leases and hears of cancelled runs.")
