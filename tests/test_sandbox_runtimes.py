@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from ferrum.errors import AuthorError, NotFound, Unavailable
-from ferrum.sandbox import runtimes
+from ferrum.sandbox import prepared
+from ferrum.sandbox.runtimes import BASIC, basic
 from ferrum.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -67,44 +68,45 @@ def program(directory: Path, name: str, body: str) -> Path:
     return directory
 
 
-def version_in(runtime: runtimes.Runtime) -> str:
-    assert runtime.directory is not None
+def version_in(runtime: prepared.Built) -> str:
     text = (runtime.directory / "site" / "tiny.py").read_text()
     return text.split("'")[1]
 
 
 def left_behind(settings: Settings) -> list[str]:
-    return [path.name for path in runtimes.place(settings).rglob(".building-*")]
+    return [path.name for path in prepared.place(settings).rglob(".building-*")]
 
 
 def test_a_runtime_is_made_of_a_requirements_file(settings: Settings, tmp_path: Path) -> None:
-    made = runtimes.build("mine", settings, asks(tmp_path, wheel(tmp_path)), imports=["tiny"])
+    made = prepared.build("mine", settings, asks(tmp_path, wheel(tmp_path)), imports=["tiny"])
     assert made.packages == {"tiny": "1.0"}
     assert made.imports == ("tiny",)
-    assert runtimes.find("mine", settings) == made
-    assert [one.name for one in runtimes.built(settings)] == ["mine"]
-    assert made.env["PYTHONPATH"] == runtimes.SITE
-    assert list((made.directory or tmp_path).rglob("*.pyc"))
+    assert prepared.built(settings) == (made,)
+    runtime = prepared.find("mine", settings)
+    assert runtime == made.runtime
+    assert runtime.paths == (str(made.directory / "site"),)
+    assert runtime.warm[-1] == "tiny"
+    assert list(made.directory.rglob("*.pyc"))
     assert left_behind(settings) == []
 
 
 def test_the_standard_library_is_always_there_and_needs_no_building(settings: Settings) -> None:
-    basic = runtimes.find(runtimes.BASIC, settings)
-    assert basic.directory is None
-    assert basic.env == {}
+    assert prepared.find(BASIC, settings) == basic()
     with pytest.raises(AuthorError, match="needs no building"):
-        runtimes.build(runtimes.BASIC, settings)
+        prepared.build(BASIC, settings)
     with pytest.raises(AuthorError, match="cannot be dropped"):
-        runtimes.drop(runtimes.BASIC, settings)
+        prepared.drop(BASIC, settings)
 
 
 def test_an_unknown_runtime_is_told_with_the_nearest_name_and_what_to_type(settings: Settings) -> None:
-    with pytest.raises(NotFound, match=r"no runtime 'python-dta' \(did you mean 'python-data'\?\).*ferrum sandbox build"):
-        runtimes.find("python-dta", settings)
+    with pytest.raises(
+        NotFound, match=r"no runtime 'python-dta' \(did you mean 'python-data'\?\).*ferrum sandbox build"
+    ):
+        prepared.find("python-dta", settings)
     with pytest.raises(NotFound, match="not built on this machine: ferrum sandbox build python-data"):
-        runtimes.find("python-data", settings)
+        prepared.find("python-data", settings)
     with pytest.raises(NotFound, match=r"'\.\./x'"):
-        runtimes.ready("../x", settings)
+        prepared.ready("../x", settings)
 
 
 @pytest.mark.parametrize(
@@ -123,40 +125,39 @@ def test_what_cannot_be_built_is_refused_with_its_reason(
 ) -> None:
     asks(tmp_path)
     with pytest.raises(AuthorError, match=said):
-        runtimes.build(name, settings, tmp_path / file if file else None, imports)
+        prepared.build(name, settings, tmp_path / file if file else None, imports)
 
 
 def test_a_runtime_that_is_built_anew_replaces_the_one_before_which_stays_for_what_runs_in_it(
     settings: Settings, tmp_path: Path
 ) -> None:
     made = [
-        runtimes.build("mine", settings, asks(tmp_path, wheel(tmp_path, version=version)))
+        prepared.build("mine", settings, asks(tmp_path, wheel(tmp_path, version=version)))
         for version in ("1.0", "2.0", "3.0")
     ]
-    assert version_in(runtimes.find("mine", settings)) == "3.0"
-    assert [one.directory is not None and one.directory.exists() for one in made] == [False, True, True]
+    assert version_in(*prepared.built(settings)) == "3.0"
+    assert [one.directory.exists() for one in made] == [False, True, True]
     assert len({one.digest for one in made}) == 3
 
 
 def test_building_the_same_again_is_the_same_runtime(settings: Settings, tmp_path: Path) -> None:
-    first = runtimes.build("mine", settings, asks(tmp_path, wheel(tmp_path)))
-    assert runtimes.build("mine", settings, asks(tmp_path, wheel(tmp_path))) == first
+    first = prepared.build("mine", settings, asks(tmp_path, wheel(tmp_path)))
+    assert prepared.build("mine", settings, asks(tmp_path, wheel(tmp_path))) == first
     assert left_behind(settings) == []
 
 
 def test_a_dropped_runtime_is_gone(settings: Settings, tmp_path: Path) -> None:
-    made = runtimes.build("mine", settings, asks(tmp_path, wheel(tmp_path)))
-    runtimes.drop("mine", settings)
-    assert made.directory is not None
+    made = prepared.build("mine", settings, asks(tmp_path, wheel(tmp_path)))
+    prepared.drop("mine", settings)
     assert not made.directory.exists()
     with pytest.raises(NotFound):
-        runtimes.drop("mine", settings)
+        prepared.drop("mine", settings)
 
 
 def test_everyone_can_read_a_runtime_whatever_the_umask(settings: Settings, tmp_path: Path) -> None:
     before = os.umask(0o077)
     try:
-        made = runtimes.build("mine", settings, asks(tmp_path, wheel(tmp_path)))
+        made = prepared.build("mine", settings, asks(tmp_path, wheel(tmp_path)))
     finally:
         os.umask(before)
     assert settings.runtimes is not None
@@ -164,36 +165,37 @@ def test_everyone_can_read_a_runtime_whatever_the_umask(settings: Settings, tmp_
         wanted = stat.S_IROTH | (stat.S_IXOTH if path.is_dir() else 0)
         if path.suffix != ".lock":
             assert path.stat().st_mode & wanted == wanted, path
-    assert made.directory is not None
+    assert made.directory in settings.runtimes.glob("*/*/*")
 
 
 def test_what_cannot_be_installed_leaves_the_runtime_in_use(settings: Settings, tmp_path: Path) -> None:
-    runtimes.build("mine", settings, asks(tmp_path, wheel(tmp_path)))
+    prepared.build("mine", settings, asks(tmp_path, wheel(tmp_path)))
     with pytest.raises(Unavailable, match="could not be installed"):
-        runtimes.build("mine", settings, asks(tmp_path, "there-is-no-such-package-of-ferrum"))
-    assert version_in(runtimes.find("mine", settings)) == "1.0"
+        prepared.build("mine", settings, asks(tmp_path, "there-is-no-such-package-of-ferrum"))
+    assert version_in(*prepared.built(settings)) == "1.0"
     assert left_behind(settings) == []
 
 
 def test_a_runtime_that_fails_its_trial_is_not_used(settings: Settings, tmp_path: Path) -> None:
-    runtimes.build("mine", settings, asks(tmp_path, wheel(tmp_path)))
+    prepared.build("mine", settings, asks(tmp_path, wheel(tmp_path)))
 
-    def trial(runtime: runtimes.Runtime) -> None:
+    def trial(runtime: prepared.Built) -> None:
         assert version_in(runtime) == "2.0"
         raise Unavailable("it does not import")
 
     with pytest.raises(Unavailable, match="does not import"):
-        runtimes.build("mine", settings, asks(tmp_path, wheel(tmp_path, version="2.0")), trial=trial)
-    assert version_in(runtimes.find("mine", settings)) == "1.0"
+        prepared.build("mine", settings, asks(tmp_path, wheel(tmp_path, version="2.0")), trial=trial)
+    assert version_in(*prepared.built(settings)) == "1.0"
     assert left_behind(settings) == []
 
 
 BUILD = """
 import sys
 from pathlib import Path
-from ferrum.sandbox import runtimes
+from ferrum.sandbox import prepared
+from ferrum.sandbox.runtimes import BASIC, basic
 from ferrum.settings import Settings
-runtimes.build("mine", Settings(runtimes=Path(sys.argv[1])), Path(sys.argv[2]))
+prepared.build("mine", Settings(runtimes=Path(sys.argv[1])), Path(sys.argv[2]))
 """
 
 
@@ -203,7 +205,7 @@ def building(settings: Settings, requirements: Path, **options: object) -> subpr
 
 
 def test_a_build_that_is_killed_leaves_the_runtime_in_use(settings: Settings, tmp_path: Path) -> None:
-    runtimes.build("mine", settings, asks(tmp_path, wheel(tmp_path)))
+    prepared.build("mine", settings, asks(tmp_path, wheel(tmp_path)))
     os.mkfifo(tmp_path / "begun")
     slow = program(
         tmp_path / "bin",
@@ -221,9 +223,9 @@ def test_a_build_that_is_killed_leaves_the_runtime_in_use(settings: Settings, tm
         (tmp_path / "begun").open().close()
         assert left_behind(settings) != []
         os.killpg(build.pid, signal.SIGKILL)
-    assert version_in(runtimes.find("mine", settings)) == "1.0"
-    runtimes.build("mine", settings, asks(tmp_path, wheel(tmp_path, version="2.0")))
-    assert version_in(runtimes.find("mine", settings)) == "2.0"
+    assert version_in(*prepared.built(settings)) == "1.0"
+    prepared.build("mine", settings, asks(tmp_path, wheel(tmp_path, version="2.0")))
+    assert version_in(*prepared.built(settings)) == "2.0"
     assert left_behind(settings) == []
 
 
@@ -236,7 +238,7 @@ def test_two_builds_at_once_are_one_after_the_other(settings: Settings, tmp_path
     for build in both:
         _, said = build.communicate()
         assert (build.returncode, said) == (0, "")
-    assert version_in(runtimes.find("mine", settings)) in {"1.0", "2.0"}
+    assert version_in(*prepared.built(settings)) in {"1.0", "2.0"}
     assert left_behind(settings) == []
 
 
@@ -250,14 +252,15 @@ def test_a_full_disk_leaves_the_runtime_in_use(settings: Settings, tmp_path: Pat
         import sys
         from pathlib import Path
         from ferrum.errors import Unavailable
-        from ferrum.sandbox import runtimes
+        from ferrum.sandbox import prepared
+from ferrum.sandbox.runtimes import BASIC, basic
         from ferrum.settings import Settings
         settings = Settings(runtimes=Path(sys.argv[1]))
-        made = runtimes.build("mine", settings, Path(sys.argv[2]))
+        made = prepared.build("mine", settings, Path(sys.argv[2]))
         try:
-            runtimes.build("mine", settings, Path(sys.argv[3]))
+            prepared.build("mine", settings, Path(sys.argv[3]))
         except Unavailable:
-            assert runtimes.find("mine", settings) == made
+            assert prepared.built(settings) == (made,)
             assert not list(Path(sys.argv[1]).rglob(".building-*"))
             print("held")
         """)
@@ -288,7 +291,7 @@ def test_an_installer_gets_what_it_needs_and_no_other_secret(
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-operator")
     monkeypatch.setenv("PIP_INDEX_URL", "https://someone:hunter2@index.example/simple")
     with pytest.raises(Unavailable, match=r"https://\*\*\*@index\.example") as told:
-        runtimes.build("mine", settings, asks(tmp_path, "anything"))
+        prepared.build("mine", settings, asks(tmp_path, "anything"))
     assert "hunter2" not in str(told.value)
     seen = (tmp_path / "seen").read_text().split()
     assert "PIP_INDEX_URL" in seen
@@ -302,7 +305,7 @@ def test_without_uv_a_runtime_is_built_by_pip(
     if subprocess.run([base, "-I", "-m", "pip", "--version"], capture_output=True, check=False).returncode:
         pytest.skip("this Python has no pip")
     monkeypatch.setenv("PATH", str(tmp_path))
-    made = runtimes.build("mine", settings, asks(tmp_path, wheel(tmp_path)))
+    made = prepared.build("mine", settings, asks(tmp_path, wheel(tmp_path)))
     assert made.packages == {"tiny": "1.0"}
 
 
@@ -310,13 +313,13 @@ def test_without_uv_and_pip_it_is_said_what_to_do(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(runtimes, "_outer_pip", lambda: None)
-    monkeypatch.setattr(runtimes, "find_spec", lambda _: None)
+    monkeypatch.setattr(prepared, "_outer_pip", lambda: None)
+    monkeypatch.setattr(prepared, "find_spec", lambda _: None)
     with pytest.raises(Unavailable, match="put uv on PATH"):
-        runtimes.build("mine", settings, asks(tmp_path, wheel(tmp_path)))
+        prepared.build("mine", settings, asks(tmp_path, wheel(tmp_path)))
 
 
 def test_a_place_that_cannot_be_written_is_told_with_the_setting(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(Unavailable, match="FERRUM_RUNTIMES names another place"):
-        runtimes.build("mine", Settings(runtimes=tmp_path / "file" / "below"), asks(tmp_path, wheel(tmp_path)))
+        prepared.build("mine", Settings(runtimes=tmp_path / "file" / "below"), asks(tmp_path, wheel(tmp_path)))

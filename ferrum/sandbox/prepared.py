@@ -1,8 +1,6 @@
-"""Runtimes: the prepared environments that code in a sandbox finds, by name.
+"""Prepared runtimes: directories of packages, by name, made once by `ferrum sandbox build` and only ever read.
 
-`python-basic` is the standard library and is always there. Any other is a directory of packages, made once by
-`ferrum sandbox build` and only ever read: `<runtimes>/<abi>/<name>/<digest>/site`, which a sandbox sees at `SITE`. The
-link `current` beside it says which one is in use. A build is made aside and put in its place by a rename under a lock,
+One is `<runtimes>/<abi>/<name>/<digest>`; the link `current` beside it says which one is in use. A build is made aside and put in its place by a rename under a lock,
 so one that is killed or finds the disk full leaves what was there, and two at once are one after the other.
 
 Nothing of a package is run outside of a sandbox: wheels only, which are unpacked, and compiled without being imported.
@@ -22,7 +20,7 @@ import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.metadata import Distribution, PackageNotFoundError, PathDistribution, distribution
 from importlib.util import find_spec
@@ -34,13 +32,8 @@ from packaging.utils import canonicalize_name
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ferrum.errors import AuthorError, NotFound, Unavailable, did_you_mean
+from ferrum.sandbox.runtimes import BASIC, Runtime, basic
 from ferrum.settings import Settings, redact
-
-#: The runtime that needs no packages.
-BASIC: Final = "python-basic"
-#: Where a sandbox has a runtime, read-only, and in it the packages.
-AT: Final = "/opt/runtime"
-SITE: Final = f"{AT}/site"
 
 #: What a root worker's sandboxes, which run as other users, can reach while `/root` is closed to them.
 _OF_ROOT: Final = Path("/var/lib/ferrum/runtimes")
@@ -52,7 +45,18 @@ _CREDENTIALS: Final = re.compile(r"://[^/@\s]+@")
 #: What an installer needs of our environment; the keys of model providers are none of its business.
 _FOR_INSTALLERS: Final = ("PIP_", "UV_", "SSL_CERT_", "XDG_", "LC_")
 _ALSO_FOR_INSTALLERS: Final = frozenset(
-    {"PATH", "HOME", "LANG", "TMPDIR", "NETRC", "REQUESTS_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"}
+    {
+        "PATH",
+        "HOME",
+        "LANG",
+        "TMPDIR",
+        "NETRC",
+        "REQUESTS_CA_BUNDLE",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "NO_PROXY",
+    }
 )
 
 
@@ -74,27 +78,31 @@ OURS: Final[Mapping[str, Ours]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Runtime:
-    """One runtime as it lies on the disk, or the standard library."""
+class Built:
+    """One runtime as it lies on the disk."""
 
     name: str
-    #: Its directory, seen in a sandbox at `AT`; `None` for the standard library alone.
-    directory: Path | None = None
+    directory: Path
     #: Changes with its content.
-    digest: str = ""
+    digest: str
     #: Package to version.
-    packages: Mapping[str, str] = field(default_factory=dict)
+    packages: Mapping[str, str]
     #: Modules that a waiting sandbox has imported already.
-    imports: tuple[str, ...] = ()
+    imports: tuple[str, ...]
 
     @property
-    def env(self) -> dict[str, str]:
-        """What code in it needs in its environment."""
-        return {"PYTHONPATH": SITE, **_MATPLOTLIB} if self.directory else {}
-
-
-#: No display, and the same fonts everywhere.
-_MATPLOTLIB: Final = {"MPLBACKEND": "Agg", "MPL_IGNORE_SYSTEM_FONTS": "1"}
+    def runtime(self) -> Runtime:
+        """What a sandbox is made for."""
+        site = str(self.directory / "site")
+        return replace(
+            basic(),
+            name=self.name,
+            mounts=(*basic().mounts, str(self.directory)),
+            paths=(site,),
+            warm=(*basic().warm, *self.imports),
+            # For an interpreter that the job starts; its own finds packages by `paths`.
+            env=(("PYTHONPATH", site),),
+        )
 
 
 class _Label(BaseModel):
@@ -107,7 +115,7 @@ class _Label(BaseModel):
 
 
 #: Runs something in a runtime that is not in use yet, and raises where that fails.
-Trial = Callable[[Runtime], None]
+Trial = Callable[[Built], None]
 
 
 def place(settings: Settings) -> Path:
@@ -118,17 +126,7 @@ def place(settings: Settings) -> Path:
 
 def find(name: str, settings: Settings) -> Runtime:
     """The runtime of that name. Raises `NotFound` with what to type where there is none."""
-    if name == BASIC:
-        return Runtime(BASIC)
-    if _NAME.fullmatch(name) and (found := _current(place(settings) / name)):
-        return found
-    if name in OURS:
-        raise NotFound(f"the runtime {name!r} is not built on this machine: ferrum sandbox build {name}")
-    known = {BASIC, *OURS, *(one.name for one in built(settings))}
-    raise NotFound(
-        f"there is no runtime {name!r}{did_you_mean(name, known)}; "
-        "`ferrum sandbox list` shows all, `ferrum sandbox build NAME requirements.txt` makes one"
-    )
+    return basic() if name == BASIC else _find(name, settings).runtime
 
 
 def ready(name: str, settings: Settings) -> Runtime:
@@ -141,10 +139,22 @@ def ready(name: str, settings: Settings) -> Runtime:
     except NotFound:
         if name not in OURS or not _installed(OURS[name].asks):
             raise
-    return build(name, settings)
+    return build(name, settings).runtime
 
 
-def built(settings: Settings) -> tuple[Runtime, ...]:
+def _find(name: str, settings: Settings) -> Built:
+    if _NAME.fullmatch(name) and (found := _current(place(settings) / name)):
+        return found
+    if name in OURS:
+        raise NotFound(f"the runtime {name!r} is not built on this machine: ferrum sandbox build {name}")
+    known = {BASIC, *OURS, *(one.name for one in built(settings))}
+    raise NotFound(
+        f"there is no runtime {name!r}{did_you_mean(name, known)}; "
+        "`ferrum sandbox list` shows all, `ferrum sandbox build NAME requirements.txt` makes one"
+    )
+
+
+def built(settings: Settings) -> tuple[Built, ...]:
     """Every runtime that was built here for this Python, by name."""
     top = place(settings)
     if not top.is_dir():
@@ -158,7 +168,7 @@ def build(
     requirements: Path | None = None,
     imports: Iterable[str] = (),
     trial: Trial | None = None,
-) -> Runtime:
+) -> Built:
     """Make a runtime, or make it anew, and put it in use.
 
     One of ours needs no requirements: it is made of what is installed beside ferrum, or else of pinned wheels. With
@@ -180,9 +190,9 @@ def build(
 
 def drop(name: str, settings: Settings) -> None:
     """Remove a runtime. Raises `NotFound` where there is none; code that runs in it now may miss its files."""
-    find(name, settings)
     if name == BASIC:
         raise AuthorError(f"{BASIC!r} is the standard library and cannot be dropped")
+    _find(name, settings)
     top = place(settings)
     with _locked(top / f"{name}.lock"):
         (top / name / "current").unlink(missing_ok=True)
@@ -209,7 +219,7 @@ def _checked(name: str, requirements: Path | None, imports: tuple[str, ...]) -> 
     return imports or (OURS[name].imports if requirements is None else ())
 
 
-def _build(home: Path, requirements: Path | None, imports: tuple[str, ...], trial: Trial | None) -> Runtime:
+def _build(home: Path, requirements: Path | None, imports: tuple[str, ...], trial: Trial | None) -> Built:
     _make_readable_directory(home)
     # Whoever builds holds the lock, so these are of builds that died.
     for dead in home.glob(".building-*"):
@@ -234,13 +244,13 @@ def _build(home: Path, requirements: Path | None, imports: tuple[str, ...], tria
         label = _Label(packages={canonicalize_name(one.name): one.version for one in parts}, imports=imports)
         _write(aside / "runtime.json", label.model_dump_json().encode())
         if trial:
-            trial(Runtime(home.name, aside, digest, label.packages, imports))
+            trial(Built(home.name, aside, digest, label.packages, imports))
         if not (home / digest).is_dir():
             aside.rename(home / digest)
         _use(home, digest)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return Runtime(home.name, home / digest, digest, label.packages, imports)
+    return Built(home.name, home / digest, digest, label.packages, imports)
 
 
 def _use(home: Path, digest: str) -> None:
@@ -256,13 +266,13 @@ def _use(home: Path, digest: str) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _current(home: Path) -> Runtime | None:
+def _current(home: Path) -> Built | None:
     try:
         digest = os.readlink(home / "current")
         label = _Label.model_validate_json((home / digest / "runtime.json").read_bytes())
     except (OSError, ValidationError):
         return None
-    return Runtime(home.name, home / digest, digest, label.packages, label.imports)
+    return Built(home.name, home / digest, digest, label.packages, label.imports)
 
 
 def _installed(names: Iterable[str]) -> list[Distribution]:
