@@ -121,7 +121,7 @@ def test_an_unknown_runtime_is_told_with_the_nearest_name_and_what_to_type(setti
     ],
 )
 def test_what_cannot_be_built_is_refused_with_its_reason(
-    settings: Settings, tmp_path: Path, name: str, file: str | None, imports: list[str], said: str
+    settings: Settings, tmp_path: Path, *, name: str, file: str | None, imports: list[str], said: str
 ) -> None:
     asks(tmp_path)
     with pytest.raises(AuthorError, match=said):
@@ -193,7 +193,6 @@ BUILD = """
 import sys
 from pathlib import Path
 from ferrum.sandbox import prepared
-from ferrum.sandbox.runtimes import BASIC, basic
 from ferrum.settings import Settings
 prepared.build("mine", Settings(runtimes=Path(sys.argv[1])), Path(sys.argv[2]))
 """
@@ -253,7 +252,6 @@ def test_a_full_disk_leaves_the_runtime_in_use(settings: Settings, tmp_path: Pat
         from pathlib import Path
         from ferrum.errors import Unavailable
         from ferrum.sandbox import prepared
-from ferrum.sandbox.runtimes import BASIC, basic
         from ferrum.settings import Settings
         settings = Settings(runtimes=Path(sys.argv[1]))
         made = prepared.build("mine", settings, Path(sys.argv[2]))

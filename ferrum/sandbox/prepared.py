@@ -256,7 +256,7 @@ def _build(home: Path, requirements: Path | None, imports: tuple[str, ...], tria
 def _use(home: Path, digest: str) -> None:
     """Point `current` to it. The one before stays, for what runs in it now; those before that go."""
     current = home / "current"
-    before = os.readlink(current) if current.is_symlink() else ""
+    before = current.readlink().name if current.is_symlink() else ""
     new = home / ".building-link"
     new.unlink(missing_ok=True)
     new.symlink_to(digest)
@@ -268,7 +268,7 @@ def _use(home: Path, digest: str) -> None:
 
 def _current(home: Path) -> Built | None:
     try:
-        digest = os.readlink(home / "current")
+        digest = (home / "current").readlink().name
         label = _Label.model_validate_json((home / digest / "runtime.json").read_bytes())
     except (OSError, ValidationError):
         return None
