@@ -30,13 +30,16 @@ magic, modules = loads(take(int.from_bytes(take(4), "big")))
 for name, code, source in modules:
     module = type(sys)(name)
     sys.modules[name] = module
+    parent, _, last = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], last, module)
     exec(loads(code) if magic == MAGIC_NUMBER else compile(source, name, "exec"), module.__dict__)
-job = module.main()
-del take, loads, read, magic, modules, module, name, code, source, MAGIC_NUMBER
-job()
+module.main()()
 """
 
-_MODULES = ("wire", "init")
+#: In the order in which they are made; the packages are empty inside.
+_MODULES = ("ferrum", "ferrum.sandbox", "ferrum.sandbox.wire", "ferrum.sandbox.init")
+_HERE = Path(__file__).parent
 
 
 def command(runtime: Runtime) -> list[str]:
@@ -49,9 +52,9 @@ def program() -> bytes:
     """What PID 1 has to be sent first."""
     modules = []
     for name in _MODULES:
-        source = Path(__file__).with_name(f"{name}.py").read_bytes()
-        full = f"ferrum.sandbox.{name}"
-        modules.append((full, marshal.dumps(compile(source, full, "exec", dont_inherit=True)), source))
+        file = _HERE / f"{name.rpartition('.')[2]}.py"
+        source = file.read_bytes() if file.exists() else b""
+        modules.append((name, marshal.dumps(compile(source, name, "exec", dont_inherit=True)), source))
     # Version 2 of the format is read by every Python 3.
     body = marshal.dumps((importlib.util.MAGIC_NUMBER, modules), 2)
     return len(body).to_bytes(4, "big") + body
