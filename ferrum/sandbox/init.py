@@ -188,8 +188,7 @@ class _Host:
         times = os.times()
         ended["cpu"] = times.children_user + times.children_system
         self.send(wire.END, _json(ended))
-        refused = _Collect(self, job).all()
-        self.send(wire.DONE, _json({"refused": refused}))
+        self.send(wire.DONE, _json(_Collect(self, job).all()))
 
     def _next(self) -> tuple[bytes, bytes]:
         while not self._heard:
@@ -331,20 +330,25 @@ def _run(job: dict[str, Any]) -> None:
     os.chdir(JOB)
     os.environ.clear()
     os.environ.update(job["env"])
-    if job["argv"] is not None:
-        _execute(job["argv"])
+    if job["programs"]:
+        _execute(job["programs"], job["arguments"])
     _run_python(job["code"])
 
 
-def _execute(argv: list[str]) -> None:
+def _execute(programs: list[str], arguments: list[str]) -> None:
+    """Become the first of these programs that is there."""
     # Python ignores these for itself; a program expects what every other process has.
     for number in (_signal.SIGPIPE, _signal.SIGXFSZ):
         _signal.signal(number, _signal.SIG_DFL)
-    try:
-        os.execvp(argv[0], argv)
-    except OSError as error:
-        os.write(2, f"{argv[0]}: {error.strerror}\n".encode(errors="replace"))
-        os._exit(126 if isinstance(error, PermissionError) else 127)
+    code = 127
+    for program in programs:
+        try:
+            os.execvp(program, [program, *arguments])
+        except OSError as error:
+            code = 126 if isinstance(error, PermissionError) else 127
+            said = f"{program}: {error.strerror}\n"
+    os.write(2, said.encode(errors="replace"))
+    os._exit(code)
 
 
 def _run_python(code: str) -> None:
@@ -527,15 +531,15 @@ class _Collect:
         self._patterns = [tuple(pattern.split("/")) for pattern in job["outputs"]]
         self._files, self._bytes, self._depth = job["most_files"], job["most_bytes"], job["depth"]
         self._refused: list[str] = []
+        self._too_much = False
 
-    def all(self) -> list[str]:
-        """Send every file; returns what was refused, with why."""
-        if self._patterns:
-            try:
-                self._directory(os.open(JOB, _DIRECTORY), ())
-            except OSError as error:
-                self._refuse((".",), error.strerror or "cannot be read")
-        return self._refused
+    def all(self) -> dict[str, object]:
+        """Send every file; returns what was refused, with why, and whether there was more than is given back."""
+        try:
+            self._directory(os.open(JOB, _DIRECTORY), ())
+        except OSError as error:
+            self._refuse((".",), error.strerror or "cannot be read")
+        return {"refused": self._refused, "too_much": self._too_much}
 
     def _directory(self, directory: int, path: tuple[str, ...]) -> None:
         try:
@@ -572,10 +576,9 @@ class _Collect:
         file = os.open(path[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
         try:
             size = os.fstat(file).st_size
-            if self._files < 1:
-                return self._refuse(path, "there are too many files")
-            if size > self._bytes:
-                return self._refuse(path, "all files together are too big")
+            if self._files < 1 or size > self._bytes:
+                self._too_much = True
+                return self._refuse(path, "with it there are too many files, or too many bytes in them")
             self._files -= 1
             self._bytes -= size
             self._host.send(wire.FILE, encoded)
