@@ -59,8 +59,7 @@ class Settings(BaseModel):
     )
     runtimes: Path | None = Field(
         None,
-        description="Where the sandbox's runtimes are; default: under `home`, and for root `/var/lib/ferrum/runtimes`, "
-        "which the users that its sandboxes run as can reach.",
+        description="Where the runtimes of the sandbox are, such as those of an image; default: under `home`.",
     )
     imports: str = Field("", description="Modules with your own Celery tasks and functions, comma separated.")
     lease: float = Field(8.0, ge=1, description="A step whose worker was silent this long is given to another.")

@@ -17,7 +17,7 @@ import pytest
 
 from ferrum.errors import AuthorError, NotFound, Unavailable
 from ferrum.sandbox import prepared
-from ferrum.sandbox.runtimes import BASIC, basic
+from ferrum.sandbox.runtimes import BASIC, Runtime, basic
 from ferrum.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -84,7 +84,8 @@ def test_a_runtime_is_made_of_a_requirements_file(settings: Settings, tmp_path: 
     assert prepared.built(settings) == (made,)
     runtime = prepared.find("mine", settings)
     assert runtime == made.runtime
-    assert runtime.paths == (str(made.directory / "site"),)
+    assert runtime.placed == ((str(made.directory), "/opt/runtime"),)
+    assert runtime.paths == ("/opt/runtime/site",)
     assert runtime.warm[-1] == "tiny"
     assert list(made.directory.rglob("*.pyc"))
     assert left_behind(settings) == []
@@ -179,12 +180,14 @@ def test_what_cannot_be_installed_leaves_the_runtime_in_use(settings: Settings, 
 def test_a_runtime_that_fails_its_trial_is_not_used(settings: Settings, tmp_path: Path) -> None:
     prepared.build("mine", settings, asks(tmp_path, wheel(tmp_path)))
 
-    def trial(runtime: prepared.Built) -> None:
-        assert version_in(runtime) == "2.0"
+    def trial(runtime: Runtime, program: str) -> dict[str, bytes]:
+        assert (Path(runtime.placed[0][0]) / "site" / "tiny.py").read_text() == "VERSION = '2.0'\n"
+        assert program == "import tiny\n"
         raise Unavailable("it does not import")
 
+    newer = asks(tmp_path, wheel(tmp_path, version="2.0"))
     with pytest.raises(Unavailable, match="does not import"):
-        prepared.build("mine", settings, asks(tmp_path, wheel(tmp_path, version="2.0")), trial=trial)
+        prepared.build("mine", settings, newer, imports=["tiny"], trial=trial)
     assert version_in(*prepared.built(settings)) == "1.0"
     assert left_behind(settings) == []
 

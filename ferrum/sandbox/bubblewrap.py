@@ -90,7 +90,8 @@ class Bubblewrap(Backend):
         with ExitStack() as closing:
             user = _User.take() if os.geteuid() == 0 else None
             if user is not None:
-                self._reach.make(box.runtime.mounts, user.uid)
+                outside = (path for path, _ in box.runtime.placed)
+                self._reach.make((*box.runtime.mounts, *outside), user.uid)
             files = _Files(closing)
             info, info_end = os.pipe()
             to_init, stdin = os.pipe()
@@ -164,6 +165,8 @@ class Bubblewrap(Backend):
         arguments += ["--tmpfs", "/usr/local"]
         for path in map(Path, runtime.mounts):
             arguments += ["--ro-bind", str(path), str(path)]
+        for outside, inside in runtime.placed:
+            arguments += ["--ro-bind", outside, inside]
         for directory in runtime.hidden:
             arguments += ["--tmpfs", directory]
         if not any(mount.startswith("/usr/local/") for mount in runtime.mounts):

@@ -299,6 +299,9 @@ class _Child:
         os.nice(_NICE)
         os.environ.update(prepare["env"])
         sys.path.extend(prepare["paths"])
+        for path, target in prepare["links"]:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            os.symlink(target, path)
         missing = []
         for name in prepare["warm"]:
             try:

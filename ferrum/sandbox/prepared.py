@@ -35,8 +35,24 @@ from ferrum.errors import AuthorError, NotFound, Unavailable, did_you_mean
 from ferrum.sandbox.runtimes import BASIC, Runtime, basic
 from ferrum.settings import Settings, redact
 
-#: What a root worker's sandboxes, which run as other users, can reach while `/root` is closed to them.
-_OF_ROOT: Final = Path("/var/lib/ferrum/runtimes")
+#: Where a sandbox has a runtime, and in it the packages.
+_AT: Final = "/opt/runtime"
+_SITE: Final = f"{_AT}/site"
+#: Matplotlib wants a directory that it can write to, for what it finds out about fonts. What it found out when the
+#: runtime was built is linked into it.
+_FONTS_AT: Final = "/tmp/.matplotlib"  # noqa: S108 - in a sandbox, where it is nobody else's
+_MATPLOTLIB: Final = (
+    ("MPLBACKEND", "Agg"),
+    ("MPLCONFIGDIR", _FONTS_AT),
+    # The same fonts everywhere: its own.
+    ("MPL_IGNORE_SYSTEM_FONTS", "1"),
+)
+_FIND_FONTS: Final = """
+import pathlib, matplotlib.font_manager
+for path in pathlib.Path(matplotlib.get_cachedir()).glob("*.json"):
+    pathlib.Path("fonts").mkdir(exist_ok=True)
+    pathlib.Path("fonts", path.name).write_bytes(path.read_bytes())
+"""
 #: Changes where a directory made by an older ferrum would not do.
 _FORMAT: Final = 1
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -93,15 +109,18 @@ class Built:
     @property
     def runtime(self) -> Runtime:
         """What a sandbox is made for."""
-        site = str(self.directory / "site")
         return replace(
             basic(),
             name=self.name,
-            mounts=(*basic().mounts, str(self.directory)),
-            paths=(site,),
+            placed=((str(self.directory), _AT),),
+            paths=(_SITE,),
             warm=(*basic().warm, *self.imports),
-            # For an interpreter that the job starts; its own finds packages by `paths`.
-            env=(("PYTHONPATH", site),),
+            # The path is for an interpreter that the job starts; its own has it already.
+            env=(("PYTHONPATH", _SITE), *(_MATPLOTLIB if "matplotlib" in self.packages else ())),
+            links=tuple(
+                (f"{_FONTS_AT}/{path.name}", f"{_AT}/fonts/{path.name}")
+                for path in sorted(self.directory.glob("fonts/*.json"))
+            ),
         )
 
 
@@ -114,13 +133,13 @@ class _Label(BaseModel):
     imports: tuple[str, ...]
 
 
-#: Runs something in a runtime that is not in use yet, and raises where that fails.
-Trial = Callable[[Built], None]
+Trial = Callable[[Runtime, str], Mapping[str, bytes]]
+"""Runs a program in a runtime that is not in use yet; returns what it left in `fonts`, raises where it fails."""
 
 
 def place(settings: Settings) -> Path:
     """Where this Python's runtimes are. An extension module built for another cannot be loaded."""
-    top = settings.runtimes or (_OF_ROOT if os.geteuid() == 0 else settings.home / "runtimes")
+    top = settings.runtimes or settings.home / "runtimes"
     return top.absolute() / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}-{_FORMAT}"
 
 
@@ -129,7 +148,7 @@ def find(name: str, settings: Settings) -> Runtime:
     return basic() if name == BASIC else _find(name, settings).runtime
 
 
-def ready(name: str, settings: Settings) -> Runtime:
+def ready(name: str, settings: Settings, trial: Trial | None = None) -> Runtime:
     """`find`, but one of ours is built where what it consists of is installed beside ferrum (`ferrum[data]`).
 
     That takes some seconds, once, and no network.
@@ -139,7 +158,7 @@ def ready(name: str, settings: Settings) -> Runtime:
     except NotFound:
         if name not in OURS or not _installed(OURS[name].asks):
             raise
-    return build(name, settings).runtime
+    return build(name, settings, trial=trial).runtime
 
 
 def _find(name: str, settings: Settings) -> Built:
@@ -244,13 +263,22 @@ def _build(home: Path, requirements: Path | None, imports: tuple[str, ...], tria
         label = _Label(packages={canonicalize_name(one.name): one.version for one in parts}, imports=imports)
         _write(aside / "runtime.json", label.model_dump_json().encode())
         if trial:
-            trial(Built(home.name, aside, digest, label.packages, imports))
+            _try_out(Built(home.name, aside, digest, label.packages, imports), trial)
         if not (home / digest).is_dir():
             aside.rename(home / digest)
         _use(home, digest)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return Built(home.name, home / digest, digest, label.packages, imports)
+
+
+def _try_out(built: Built, trial: Trial) -> None:
+    """Import in a sandbox what will be imported, and keep what that found out."""
+    program = "".join(f"import {name}\n" for name in built.imports)
+    kept = trial(built.runtime, program + (_FIND_FONTS if "matplotlib" in built.packages else ""))
+    for path, data in kept.items():
+        _make_readable_directory(built.directory / "fonts")
+        _write(built.directory / "fonts" / Path(path).name, data)
 
 
 def _use(home: Path, digest: str) -> None:
