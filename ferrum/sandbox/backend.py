@@ -111,5 +111,5 @@ class Backend(ABC):
         """What to do about a sandbox that died before it was up and left these words; empty where that is unknown."""
         return ""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Let go of what it holds; called when all its cells are reaped."""

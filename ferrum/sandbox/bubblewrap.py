@@ -10,20 +10,22 @@ import itertools
 import json
 import math
 import os
+import resource
 import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from ferrum.sandbox import program, seccomp
 from ferrum.sandbox.backend import Backend, Box, Cell, Kind, MemoryBy, Missing, Unconfined
 from ferrum.sandbox.cgroup import Cgroup, Cgroups
+from ferrum.sandbox.init import WRITABLE
 from ferrum.sandbox.reach import Reach
 from ferrum.sandbox.runtimes import Runtime
 
@@ -62,6 +64,10 @@ _DEVICES = ("null", "zero", "full", "random", "urandom")
 MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
 
+_CAPABILITIES = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+_NAMESPACES = ("ipc", "mnt", "net", "pid", "uts")
+
+
 class Bubblewrap(Backend):
     kind = Kind.BUBBLEWRAP
 
@@ -86,35 +92,46 @@ class Bubblewrap(Backend):
 
     def start(self, box: Box) -> Cell:
         self._cores.bind(box.cpus)
-        with ExitStack() as closing:
+        # What is the sandbox's from now on, and what only its start needs.
+        with ExitStack() as kept, ExitStack() as closing:
             user = User.take() if os.geteuid() == 0 else None
             if user is not None:
+                kept.callback(user.release)
                 outside = (path for path, _ in box.runtime.placed)
                 self._reach.make((*box.runtime.mounts, *outside), user.uid)
+            cgroup = self._cgroup(box)
+            if cgroup is not None:
+                kept.callback(cgroup.remove)
             files = _Files(closing)
-            info, info_end = os.pipe()
             to_init, stdin = os.pipe()
             stdout, from_init = os.pipe()
+            info, info_end = os.pipe()
             errors, errors_end = os.pipe()
-            for descriptor in (info_end, to_init, from_init, errors_end):
+            for descriptor in (stdin, stdout, info, errors):
+                kept.callback(os.close, descriptor)
+            for descriptor in (to_init, from_init, info_end, errors_end):
                 closing.callback(os.close, descriptor)
             command = [self._executable(), *self.arguments(box, files, info_end), "--", *program.command(box.runtime)]
-            process = subprocess.Popen(
-                command,
-                # `--clearenv` is for what runs inside; this is for what can be read of bwrap itself.
-                env={},
-                stdin=to_init,
-                stdout=from_init,
-                stderr=errors_end,
-                pass_fds=(info_end, *files.descriptors),
-                cwd="/",
-                start_new_session=True,
-                # Never with the host's uid 0 inside: for the kernel it may write to files of /proc and has no limits.
-                **({"user": user.uid, "group": user.uid, "extra_groups": []} if user is not None else {}),
-            )
-        for descriptor in (info, errors):
-            os.set_blocking(descriptor, False)
-        return _Cell(process, stdin, stdout, info, errors, user, self._cgroups and self._cgroups.make(box))
+            try:
+                process = subprocess.Popen(  # noqa: S603
+                    command,
+                    # `--clearenv` is for what runs inside; this is for what can be read of bwrap itself.
+                    env={},
+                    stdin=to_init,
+                    stdout=from_init,
+                    stderr=errors_end,
+                    pass_fds=(info_end, *files.descriptors),
+                    cwd="/",
+                    start_new_session=True,
+                    # Never with the host's uid 0 inside: the kernel lets it write to files of /proc, without limits.
+                    user=None if user is None else user.uid,
+                    group=None if user is None else user.uid,
+                    extra_groups=None if user is None else [],
+                )
+            except (OSError, subprocess.SubprocessError) as error:
+                raise Missing(f"bwrap cannot be started: {error}") from error
+            kept.pop_all()
+        return _Cell(process, _Ends(stdin, stdout, info, errors), user, cgroup)
 
     def arguments(self, box: Box, files: _Files, info: int) -> list[str]:
         """The flags, in order: a later mount covers an earlier one."""
@@ -203,7 +220,7 @@ class Bubblewrap(Backend):
 
     def writable(self, disk: int) -> list[str]:
         arguments = []
-        for path in ("/job", "/tmp", "/dev/shm"):
+        for path in WRITABLE:
             arguments += ["--perms", "0700", "--size", str(disk), "--tmpfs", path]
         return arguments
 
@@ -219,6 +236,14 @@ class Bubblewrap(Backend):
 
     def explain(self, words: str) -> str:
         return _explain(words)
+
+    def _cgroup(self, box: Box) -> Cgroup | None:
+        if self._cgroups is None:
+            return None
+        try:
+            return self._cgroups.make(box)
+        except OSError as error:
+            raise Missing(f"no cgroup can be made for a sandbox, though that was possible before: {error}") from error
 
     def _executable(self) -> str:
         return shutil.which("bwrap") or ""
@@ -278,21 +303,27 @@ class User:
         self._lock.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Ends:
+    """Our ends of its pipes."""
+
+    stdin: int
+    stdout: int
+    #: What bwrap says of itself.
+    info: int
+    errors: int
+
+
 class _Cell(Cell):
     def __init__(
-        self,
-        process: subprocess.Popen[bytes],
-        stdin: int,
-        stdout: int,
-        info: int,
-        errors: int,
-        user: User | None,
-        cgroup: Cgroup | None,
+        self, process: subprocess.Popen[bytes], ends: _Ends, user: User | None, cgroup: Cgroup | None
     ) -> None:
-        self.stdin, self.stdout = stdin, stdout
+        self.stdin, self.stdout = ends.stdin, ends.stdout
         self.memory_by: MemoryBy = "watchdog" if cgroup is None else "cgroup"
         self._process = process
-        self._info, self._errors = info, errors
+        self._info, self._errors = ends.info, ends.errors
+        for descriptor in (self._info, self._errors):
+            os.set_blocking(descriptor, False)
         self._user, self._cgroup = user, cgroup
         self._init: int | None = None
         self._words = ""
@@ -309,6 +340,9 @@ class _Cell(Cell):
         if problem:
             self.kill()
             raise Unconfined(f"a sandbox was killed before it ran anything: {problem}")
+        with suppress(PermissionError):
+            # See `job.limits`. An ordinary user may not raise it from 0, where that is the machine's limit.
+            resource.prlimit(pid, resource.RLIMIT_CORE, (1, 1))
         if self._cgroup is not None:
             self._cgroup.add(pid)
 
@@ -364,25 +398,30 @@ def _status(pid: int) -> dict[str, str]:
 
 def _unconfined(status: Mapping[str, str], told: Mapping[str, int], parent: int, uid: int) -> str:
     """What is wrong with a process that should be confined; empty where nothing is."""
-    if status["PPid"] != str(parent) or status["NSpid"].split()[-1] != "1":
-        return "its PID 1 is not what bwrap started"
-    for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
-        if int(status[name], 16):
-            return f"it has capabilities ({name} {status[name]})"
-    if status["NoNewPrivs"] != "1":
-        return "it can gain privileges (NoNewPrivs is not set)"
-    if status["Seccomp"] != "2":
-        return "no filter holds its system calls"
-    if uid == 0 or set(status["Uid"].split()) != {str(uid)} or status["uid_map"] != f"{NOBODY} {uid} 1":
-        return f"it is the wrong user (uid {status['Uid'].split()[0]})"
-    for kind in ("cgroup", "ipc", "mnt", "net", "pid", "uts"):
-        if told.get(f"{kind}-namespace") == Path(f"/proc/self/ns/{kind}").stat().st_ino and kind != "cgroup":
-            return f"it shares our {kind} namespace"
-    return ""
+    capabilities = [f"{name} {status[name]}" for name in _CAPABILITIES if int(status[name], 16)]
+    shared = [kind for kind in _NAMESPACES if told.get(f"{kind}-namespace") in (None, _namespace(kind))]
+    wrong = {
+        "its PID 1 is not what bwrap started": status["PPid"] != str(parent) or status["NSpid"].split()[-1] != "1",
+        f"it has capabilities ({', '.join(capabilities)})": bool(capabilities),
+        "it can gain privileges (NoNewPrivs is not set)": status["NoNewPrivs"] != "1",
+        "no filter holds its system calls": status["Seccomp"] != "2",
+        f"it is the wrong user ({status['Uid']}; {status['uid_map']})": uid == 0
+        or set(status["Uid"].split()) != {str(uid)}
+        or status["uid_map"] != f"{NOBODY} {uid} 1",
+        f"it shares namespaces with us ({', '.join(shared)})": bool(shared),
+    }
+    return "; ".join(problem for problem, holds in wrong.items() if holds)
+
+
+def _namespace(kind: str) -> int:
+    """The number of our own."""
+    return Path(f"/proc/self/ns/{kind}").stat().st_ino
 
 
 def _version(executable: str) -> tuple[int, ...]:
-    said = subprocess.run([executable, "--version"], capture_output=True, text=True, env={}, check=False).stdout
+    said = subprocess.run(  # noqa: S603
+        [executable, "--version"], capture_output=True, text=True, env={}, check=False
+    ).stdout
     number = said.split()[-1] if said.split() else "0"
     return tuple(int(part) for part in number.split(".") if part.isdigit())
 

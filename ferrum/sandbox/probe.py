@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from ferrum.errors import FerrumError
 from ferrum.governance.acts import CodeRun, WhyEnded
 from ferrum.sandbox.backend import Backend, Box, Kind, MemoryBy
 from ferrum.sandbox.job import Job
-from ferrum.sandbox.life import Sandbox, Starter
+from ferrum.sandbox.life import Starter
 from ferrum.sandbox.runtimes import Runtime
 
 
@@ -66,7 +65,7 @@ async def probe(backend: Backend, start: Starter, runtime: Runtime) -> Probe:
     """Run a small attack in a sandbox of this backend."""
     try:
         backend.check()
-        env = {"PROBE_FILE": str(Path(__file__).resolve()), "PROBE_PID": str(os.getpid())}
+        env = {"PROBE_FILE": __file__, "PROBE_PID": str(os.getpid())}
         run = CodeRun(code=_ATTACK, env=env)
         sandbox = await start(Box.of(run, runtime), False)
         try:
