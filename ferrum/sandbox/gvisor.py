@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from ferrum.sandbox import program, skeleton
+from ferrum.sandbox import program, seccomp, skeleton
 from ferrum.sandbox.backend import Backend, Box, Cell, Kind, MemoryBy, Missing, Unconfined
 from ferrum.sandbox.bubblewrap import NOBODY, Cores, User
 from ferrum.sandbox.reach import Reach
@@ -29,7 +29,7 @@ from ferrum.sandbox.reach import Reach
 _INSTALL = "apt install runsc (Debian 12 and newer), or https://gvisor.dev/docs/user_guide/install"
 _LAST_WORDS = 1000
 _PATIENCE_S = 5.0
-_CAPABILITIES = ("bounding", "effective", "inheritable", "permitted", "ambient")
+_RIGHTS = ("CAP_KILL", "CAP_SETUID", "CAP_SETGID")
 _RLIMITS = ("RLIMIT_NPROC", "RLIMIT_NOFILE", "RLIMIT_MEMLOCK", "RLIMIT_SIGPENDING")
 _ABOVE = 2**20
 #: What gVisor's kernel has to have of its own on the host; it has a PID namespace of its own making inside.
@@ -113,14 +113,15 @@ class GVisor(Backend):
             "ociVersion": "1.0.0",
             "process": {
                 "terminal": False,
-                "user": {"uid": NOBODY, "gid": NOBODY},
+                # Root of gVisor's small world, with the right to become nobody, see `init.py`; the job is nobody.
+                "user": {"uid": 0, "gid": 0},
                 "args": [*program.command(box.runtime)],
                 "env": [],
                 "cwd": "/",
                 "noNewPrivileges": True,
                 # Above what PID 1 sets for the job: gVisor's own are zero.
                 "rlimits": [{"type": name, "soft": _ABOVE, "hard": _ABOVE} for name in _RLIMITS],
-                "capabilities": {name: [] for name in _CAPABILITIES},
+                "capabilities": {name: [*_RIGHTS] for name in ("effective", "permitted")},
             },
             "root": {"path": str(ours.path / "root"), "readonly": True},
             "hostname": "sandbox",
@@ -148,7 +149,7 @@ class GVisor(Backend):
 def _mounts(box: Box, ours: skeleton.Ours) -> list[JsonValue]:
     mounts: list[JsonValue] = [{"destination": "/proc", "type": "proc", "source": "proc"}]
     for path in ("/job", "/tmp", "/dev/shm"):  # noqa: S108 - the sandbox's own
-        options: list[JsonValue] = ["nosuid", "nodev", f"size={box.disk}", "mode=1777"]
+        options: list[JsonValue] = ["nosuid", "nodev", f"size={box.disk}", "mode=0700", f"uid={NOBODY}", f"gid={NOBODY}"]
         mounts.append({"destination": path, "type": "tmpfs", "source": "tmpfs", "options": options})
     for outside, inside in skeleton.mounts(box.runtime, ours):
         options = ["ro", "rbind", "nosuid", "nodev"]
@@ -175,6 +176,7 @@ class _Cell(Cell):
         bundle: Path,
     ) -> None:
         self.stdin, self.stdout = stdin, stdout
+        self.filter = seccomp.program()
         self._process = process
         self._errors = errors
         self._user = user

@@ -77,6 +77,7 @@ class Sandbox:
                     "paths": runtime.paths,
                     "env": dict(runtime.env),
                     "links": runtime.links,
+                    "filter": cell.filter,
                 }
                 await sandbox._send(wire.frame(wire.PREPARE, marshal.dumps(prepare, 2)))
         except (Died, OSError, ValueError) as error:
