@@ -315,9 +315,7 @@ class _Ends:
 
 
 class _Cell(Cell):
-    def __init__(
-        self, process: subprocess.Popen[bytes], ends: _Ends, user: User | None, cgroup: Cgroup | None
-    ) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], ends: _Ends, user: User | None, cgroup: Cgroup | None) -> None:
         self.stdin, self.stdout = ends.stdin, ends.stdout
         self.memory_by: MemoryBy = "watchdog" if cgroup is None else "cgroup"
         self._process = process

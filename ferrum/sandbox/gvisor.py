@@ -149,7 +149,14 @@ class GVisor(Backend):
 def _mounts(box: Box, ours: skeleton.Ours) -> list[JsonValue]:
     mounts: list[JsonValue] = [{"destination": "/proc", "type": "proc", "source": "proc"}]
     for path in ("/job", "/tmp", "/dev/shm"):  # noqa: S108 - the sandbox's own
-        options: list[JsonValue] = ["nosuid", "nodev", f"size={box.disk}", "mode=0700", f"uid={NOBODY}", f"gid={NOBODY}"]
+        options: list[JsonValue] = [
+            "nosuid",
+            "nodev",
+            f"size={box.disk}",
+            "mode=0700",
+            f"uid={NOBODY}",
+            f"gid={NOBODY}",
+        ]
         mounts.append({"destination": path, "type": "tmpfs", "source": "tmpfs", "options": options})
     for outside, inside in skeleton.mounts(box.runtime, ours):
         options = ["ro", "rbind", "nosuid", "nodev"]

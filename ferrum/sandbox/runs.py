@@ -12,6 +12,7 @@ from ferrum.errors import SandboxError, did_you_mean
 from ferrum.governance.acts import CodeReply, CodeRun
 from ferrum.sandbox.backend import Backend, Box, Kind
 from ferrum.sandbox.bubblewrap import Bubblewrap
+from ferrum.sandbox.container import Container
 from ferrum.sandbox.gvisor import GVisor
 from ferrum.sandbox.job import Job
 from ferrum.sandbox.life import Sandbox, Say
@@ -20,7 +21,11 @@ from ferrum.sandbox.probe import Probe, probe
 from ferrum.sandbox.runtimes import BASIC, Runtime, basic
 
 #: In the order in which they are tried.
-BACKENDS: Mapping[Kind, Callable[[], Backend]] = {Kind.BUBBLEWRAP: Bubblewrap, Kind.GVISOR: GVisor}
+BACKENDS: Mapping[Kind, Callable[[], Backend]] = {
+    Kind.BUBBLEWRAP: Bubblewrap,
+    Kind.GVISOR: GVisor,
+    Kind.CONTAINER: Container,
+}
 
 #: What did not work is tried again after so long: it may have been installed by then.
 _AGAIN_S = 30.0

@@ -76,6 +76,9 @@ def fill(root: Path) -> None:
     """Make the root file system, in an empty directory."""
     for name in _EMPTY:
         _directory(root / name)
+    for name in ("job", "tmp"):
+        # runc gives what is mounted the mode of what it is mounted on.
+        (root / name).chmod(0o1777)
     for name, content in ETC.items():
         _file(root / "etc" / name, content)
     for name in MERGED:
