@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
@@ -45,6 +46,12 @@ class Settings(BaseModel):
         None,
         description="Artifact store: `file:///path`, `s3://bucket/prefix`, `gs://…`, `az://…`. Default: under `home`.",
     )
+    indexes: str | None = Field(
+        None, description="Where indexes are kept: a directory as `file:///path`. Default: `indexes` under `home`."
+    )
+    embedding: str | None = Field(
+        None, description="Embedder of new indexes that name none: `lexical`, `local`, or a provider's model."
+    )
     policy: Path | None = Field(
         None, description="Policy file; default: `ferrum.policy.yaml` here, else all is denied."
     )
@@ -56,6 +63,9 @@ class Settings(BaseModel):
     prices: Path | None = Field(None, description="Price file: model to US dollars per million tokens, and aliases.")
     tenant: str = Field(
         "default", min_length=1, max_length=100, description="Whose runs this process starts, unless it is said."
+    )
+    sandbox: Literal["auto", "bubblewrap", "gvisor", "container"] = Field(
+        "auto", description="What isolates code: `bubblewrap`, `gvisor` or `container`; by default the first that holds."
     )
     runtimes: Path | None = Field(
         None,
