@@ -65,7 +65,8 @@ class Settings(BaseModel):
         "default", min_length=1, max_length=100, description="Whose runs this process starts, unless it is said."
     )
     sandbox: Literal["auto", "bubblewrap", "gvisor", "container"] = Field(
-        "auto", description="What isolates code: `bubblewrap`, `gvisor` or `container`; by default the first that holds."
+        "auto",
+        description="What isolates code: `bubblewrap`, `gvisor` or `container`; `auto` is the first that holds here.",
     )
     runtimes: Path | None = Field(
         None,

@@ -27,11 +27,11 @@ from resource import RLIM_INFINITY, RLIMIT_NOFILE, RLIMIT_NPROC, getrlimit
 from ferrum.sandbox import program, seccomp, skeleton
 from ferrum.sandbox.backend import Backend, Box, Cell, Kind, MemoryBy, Missing, Unconfined
 from ferrum.sandbox.bubblewrap import NOBODY
+from ferrum.sandbox.held import Holder
 from ferrum.sandbox.profile import profile
 
 _INSTALL = "apt install podman (or install docker, and start its daemon)"
 _LABEL = "ferrum.sandbox"
-_LAST_WORDS = 1000
 _PATIENCE_S = 20.0
 #: PID 1 is in there too, and a Python; and files in memory count as memory.
 _OUR_OWN = 32 * 2**20
@@ -67,25 +67,9 @@ class Container(Backend):
     def start(self, box: Box) -> Cell:
         tool, ours = self._opened()
         token = f"{ours.path.name}-{next(self._turns)}"
-        to_init, stdin = os.pipe()
-        stdout, from_init = os.pipe()
-        errors, errors_end = os.pipe()
-        try:
-            process = subprocess.Popen(  # noqa: S603
-                self.command(tool, ours, box, token),
-                env=tool.env,
-                stdin=to_init,
-                stdout=from_init,
-                stderr=errors_end,
-                cwd="/",
-                # Not ended by what ends a worker: it is what clears away behind it.
-                start_new_session=True,
-            )
-        finally:
-            for descriptor in (to_init, from_init, errors_end):
-                os.close(descriptor)
-        os.set_blocking(errors, False)
-        return _Cell(process, tool, token, _Ends(stdin, stdout, errors))
+        # In a session of its own, so that it is not ended by what ends a worker: it clears away behind it.
+        holder = Holder.start(self.command(tool, ours, box, token), tool.env)
+        return _Cell(holder, tool, token)
 
     def command(self, tool: _Tool, ours: skeleton.Ours, box: Box, token: str) -> list[str]:
         memory = str(box.memory + box.disk + _OUR_OWN)
@@ -101,7 +85,7 @@ class Container(Backend):
             "--network=none", "--ipc=private", "--hostname=sandbox",
             # All that can be written to is in memory, bounded, and gone with it.
             "--read-only",
-            *(f"--tmpfs={path}:rw,nosuid,nodev,size={box.disk},mode=1777" for path in ("/job", "/tmp")),
+            *(f"--tmpfs={path}:rw,nosuid,nodev,size={box.disk},mode=1777" for path in ("/job", "/tmp")),  # noqa: S108
             f"--shm-size={box.disk}",
             f"--memory={memory}", f"--memory-swap={memory}",
             f"--cpus={box.cpus:g}",
@@ -208,28 +192,17 @@ def _packed(root: Path) -> bytes:
     return packed.getvalue()
 
 
-@dataclass(frozen=True, slots=True)
-class _Ends:
-    """Our ends of its pipes."""
-
-    stdin: int
-    stdout: int
-    errors: int
-
-
 class _Cell(Cell):
     memory_by: MemoryBy = "watchdog"
 
-    def __init__(self, process: subprocess.Popen[bytes], tool: _Tool, token: str, ends: _Ends) -> None:
-        self.stdin, self.stdout = ends.stdin, ends.stdout
-        self._errors = ends.errors
-        self._process = process
+    def __init__(self, holder: Holder, tool: _Tool, token: str) -> None:
+        self.stdin, self.stdout = holder.stdin, holder.stdout
+        self._holder = holder
         self._tool = tool
         self._token = token
         self._init: int | None = None
         self._group: Path | None = None
         self._killing: subprocess.Popen[bytes] | None = None
-        self._words = ""
         self._reaped = False
 
     def confirm(self) -> None:
@@ -271,27 +244,24 @@ class _Cell(Cell):
         if self._reaped:
             return
         self.kill()
+        process = self._holder.process
         try:
             # With `--rm` it ends when its container is removed.
-            self._process.wait(_PATIENCE_S)
+            process.wait(_PATIENCE_S)
         except subprocess.TimeoutExpired:
             with suppress(Missing):
                 self._tool.ask("rm", "--force", f"ferrum-{self._token}")
-            self._process.kill()
-            self._process.wait()
+            process.kill()
+            process.wait()
         if self._killing is not None:
             self._killing.wait()
-        self._words = self.last_words()
         self._reaped = True
+        self._holder.close()
         if self._init is not None:
             os.close(self._init)
-        os.close(self._errors)
 
     def last_words(self) -> str:
-        if not self._reaped:
-            with suppress(BlockingIOError):
-                self._words += os.read(self._errors, _LAST_WORDS).decode(errors="replace")
-        return self._words.strip()
+        return self._holder.words()
 
     def ran_out_of_memory(self) -> bool:
         counts = _counted(self._group, "memory.events", "memory.oom_control")

@@ -14,7 +14,6 @@ import json
 import os
 import select
 import shutil
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -24,10 +23,10 @@ from pydantic import JsonValue
 from ferrum.sandbox import program, seccomp, skeleton
 from ferrum.sandbox.backend import Backend, Box, Cell, Kind, MemoryBy, Missing, Unconfined
 from ferrum.sandbox.bubblewrap import NOBODY, Cores, User
+from ferrum.sandbox.held import Holder
 from ferrum.sandbox.reach import Reach
 
 _INSTALL = "apt install runsc (Debian 12 and newer), or https://gvisor.dev/docs/user_guide/install"
-_LAST_WORDS = 1000
 _PATIENCE_S = 5.0
 _RIGHTS = ("CAP_KILL", "CAP_SETUID", "CAP_SETGID")
 _RLIMITS = ("RLIMIT_NPROC", "RLIMIT_NOFILE", "RLIMIT_MEMLOCK", "RLIMIT_SIGPENDING")
@@ -71,25 +70,14 @@ class GVisor(Backend):
             os.chown(state, user.uid, user.uid)
             placed = (path for path, _ in box.runtime.placed)
             self._reach.make((runsc, *box.runtime.mounts, *placed), user.uid)
-        to_init, stdin = os.pipe()
-        stdout, from_init = os.pipe()
-        errors, errors_end = os.pipe()
+        command = [*_tied(), runsc, *self.flags(state), "run", "--bundle", str(bundle), name]
         try:
-            process = subprocess.Popen(
-                [*_tied(), runsc, *self.flags(state), "run", "--bundle", str(bundle), name],
-                env={},
-                stdin=to_init,
-                stdout=from_init,
-                stderr=errors_end,
-                cwd="/",
-                start_new_session=True,
-                **({"user": user.uid, "group": user.uid, "extra_groups": []} if user is not None else {}),
-            )
-        finally:
-            for descriptor in (to_init, from_init, errors_end):
-                os.close(descriptor)
-        os.set_blocking(errors, False)
-        return _Cell(process, stdin, stdout, errors, user, bundle)
+            holder = Holder.start(command, {}, None if user is None else user.uid)
+        except Missing:
+            if user is not None:
+                user.release()
+            raise
+        return _Cell(holder, user, bundle)
 
     def flags(self, state: Path) -> list[str]:
         return [
@@ -173,27 +161,17 @@ def _tied() -> list[str]:
 class _Cell(Cell):
     memory_by: MemoryBy = "watchdog"
 
-    def __init__(
-        self,
-        process: subprocess.Popen[bytes],
-        stdin: int,
-        stdout: int,
-        errors: int,
-        user: User | None,
-        bundle: Path,
-    ) -> None:
-        self.stdin, self.stdout = stdin, stdout
+    def __init__(self, holder: Holder, user: User | None, bundle: Path) -> None:
+        self.stdin, self.stdout = holder.stdin, holder.stdout
         self.filter = seccomp.program()
-        self._process = process
-        self._errors = errors
+        self._holder = holder
         self._user = user
         self._bundle = bundle
-        self._words = ""
         self._reaped = False
 
     def confirm(self) -> None:
         """Nothing of the host can look into gVisor's kernel, but that is confined itself, and that can be seen."""
-        problem = _unconfined(self._process.pid, self._user.uid if self._user else os.geteuid())
+        problem = _unconfined(self._holder.process.pid, self._user.uid if self._user else os.geteuid())
         if problem:
             self.kill()
             raise Unconfined(f"a sandbox was killed before it ran anything: {problem}")
@@ -201,32 +179,25 @@ class _Cell(Cell):
     def kill(self) -> None:
         """Each process of runsc dies with the one that started it."""
         if not self._reaped:
-            self._process.kill()
+            self._holder.process.kill()
 
     def reap(self) -> None:
         if self._reaped:
             return
         self.kill()
-        self._process.wait()
-        self._words = self.last_words()
-        self._wait_for_the_rest()
+        self._holder.process.wait()
+        # The others are not our children, but each of them has our pipe as its stderr.
+        poll = select.poll()
+        poll.register(self._holder.errors, select.POLLHUP)
+        poll.poll(_PATIENCE_S * 1000)
         self._reaped = True
-        os.close(self._errors)
+        self._holder.close()
         shutil.rmtree(self._bundle, ignore_errors=True)
         if self._user is not None:
             self._user.release()
 
-    def _wait_for_the_rest(self) -> None:
-        """They are not our children, but each of them has our pipe as its stderr."""
-        poll = select.poll()
-        poll.register(self._errors, select.POLLHUP)
-        poll.poll(_PATIENCE_S * 1000)
-
     def last_words(self) -> str:
-        if not self._reaped:
-            with suppress(BlockingIOError):
-                self._words += os.read(self._errors, _LAST_WORDS).decode(errors="replace")
-        return self._words.strip()
+        return self._holder.words()
 
 
 def _unconfined(runsc: int, uid: int) -> str:

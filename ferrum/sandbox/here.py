@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from typing import Literal
 
 from ferrum.errors import Unavailable
 from ferrum.governance.acts import CodeRun, WhyEnded
 from ferrum.sandbox import prepared
+from ferrum.sandbox.backend import Kind
 from ferrum.sandbox.runs import Sandboxes
 from ferrum.sandbox.runtimes import Runtime
 from ferrum.settings import Settings
@@ -18,9 +20,12 @@ _MEMORY = 2 * 2**30
 
 
 def sandboxes(settings: Settings) -> Sandboxes:
-    """What runs code here. A runtime of ferrum's own is built when it is first asked for, where that needs no network."""
+    """What runs code here.
+
+    A runtime of ferrum's own is built when it is first asked for, where that needs no network.
+    """
     tried = trial(settings)
-    return Sandboxes(settings.sandbox, find=lambda name: prepared.ready(name, settings, tried))
+    return Sandboxes(_use(settings), find=lambda name: prepared.ready(name, settings, tried))
 
 
 def trial(settings: Settings) -> prepared.Trial:
@@ -32,8 +37,12 @@ def trial(settings: Settings) -> prepared.Trial:
     return lambda runtime, program: asyncio.run(_trial(settings, runtime, program))
 
 
+def _use(settings: Settings) -> Kind | Literal["auto"]:
+    return "auto" if settings.sandbox == "auto" else Kind(settings.sandbox)
+
+
 async def _trial(settings: Settings, runtime: Runtime, program: str) -> Mapping[str, bytes]:
-    opened = Sandboxes(settings.sandbox, warm=0, find=lambda name: runtime)
+    opened = Sandboxes(_use(settings), warm=0, find=lambda name: runtime)
     try:
         if not any(probe.works for probe in await opened.probe()):
             return {}

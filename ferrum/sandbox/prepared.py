@@ -1,7 +1,8 @@
 """Prepared runtimes: directories of packages, by name, made once by `ferrum sandbox build` and only ever read.
 
-One is `<runtimes>/<abi>/<name>/<digest>`; the link `current` beside it says which one is in use. A build is made aside and put in its place by a rename under a lock,
-so one that is killed or finds the disk full leaves what was there, and two at once are one after the other.
+One is `<runtimes>/<abi>/<name>/<digest>`; the link `current` beside it says which one is in use. A build is made aside
+and put in its place by a rename under a lock, so one that is killed or finds the disk full leaves what was there, and
+two at once are one after the other.
 
 Nothing of a package is run outside of a sandbox: wheels only, which are unpacked, and compiled without being imported.
 """
