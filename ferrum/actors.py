@@ -36,7 +36,7 @@ from ferrum.results import Usage
 from ferrum.retrieval import embedders
 from ferrum.retrieval.documents import Original
 from ferrum.retrieval.indexes import Embed, Indexes
-from ferrum.sandbox.runs import Sandboxes
+from ferrum.sandbox.here import sandboxes
 from ferrum.settings import Settings
 
 #: Where documents are from that a step gave; they are pruned together.
@@ -51,7 +51,7 @@ class LiveActors:
     def __init__(self, settings: Settings) -> None:
         """Raises `SettingsError` for a servers file that cannot be read."""
         self._router = Router(load_servers(settings, os.environ))
-        self._sandboxes = Sandboxes()
+        self._sandboxes = sandboxes(settings)
         self._settings = settings
 
     async def warm(self, kinds: frozenset[str]) -> None:

@@ -58,6 +58,8 @@ class Cell(ABC):
     #: What PID 1 reads from and writes to; the caller closes both.
     stdin: int
     stdout: int
+    #: What PID 1 has to filter the system calls of the job with, where the backend has no filter of ours.
+    filter: bytes = b""
     #: How memory is held here.
     memory_by: MemoryBy
 

@@ -41,7 +41,7 @@ _LAST_WORDS = 1000
 _PATIENCE_S = 5.0
 
 #: What a program finds in `/etc`, and nothing else: what is needed to know that it is nobody, and of no network.
-_ETC: dict[str, bytes] = {
+ETC: dict[str, bytes] = {
     "passwd": b"nobody:x:65534:65534:nobody:/tmp:/bin/sh\n",
     "group": b"nogroup:x:65534:\n",
     "hosts": b"127.0.0.1 localhost\n::1 localhost\n",
@@ -61,7 +61,7 @@ _TELLING = (
 
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 #: Directories that are links into `/usr` where it is merged, as it is everywhere by now.
-_MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
+MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
 
 _CAPABILITIES = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
@@ -74,8 +74,7 @@ class Bubblewrap(Backend):
     def __init__(self, cgroups: Cgroups | None = None) -> None:
         self._cgroups = Cgroups.find() if cgroups is None else cgroups
         self._reach = Reach()
-        self._turns = itertools.count()
-        self._cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+        self._cores = Cores()
 
     def check(self) -> None:
         if sys.platform != "linux":
@@ -92,13 +91,14 @@ class Bubblewrap(Backend):
             raise Missing(f"bwrap is version {have}, and {need} or newer is needed: {_INSTALL}")
 
     def start(self, box: Box) -> Cell:
-        self._bind_to_cores(box.cpus)
+        self._cores.bind(box.cpus)
         # What is the sandbox's from now on, and what only its start needs.
         with ExitStack() as kept, ExitStack() as closing:
-            user = _User.take() if os.geteuid() == 0 else None
+            user = User.take() if os.geteuid() == 0 else None
             if user is not None:
                 kept.callback(user.release)
-                self._reach.make(box.runtime.mounts, user.uid)
+                outside = (path for path, _ in box.runtime.placed)
+                self._reach.make((*box.runtime.mounts, *outside), user.uid)
             cgroup = self._cgroup(box)
             if cgroup is not None:
                 kept.callback(cgroup.remove)
@@ -172,7 +172,7 @@ class Bubblewrap(Backend):
 
     def system(self, runtime: Runtime) -> list[str]:
         arguments = ["--ro-bind", "/usr", "/usr"]
-        for name in _MERGED:
+        for name in MERGED:
             path = Path("/", name)
             if path.is_symlink():
                 arguments += ["--symlink", str(path.readlink()), str(path)]
@@ -182,6 +182,8 @@ class Bubblewrap(Backend):
         arguments += ["--tmpfs", "/usr/local"]
         for path in map(Path, runtime.mounts):
             arguments += ["--ro-bind", str(path), str(path)]
+        for outside, inside in runtime.placed:
+            arguments += ["--ro-bind", outside, inside]
         for directory in runtime.hidden:
             arguments += ["--tmpfs", directory]
         if not any(mount.startswith("/usr/local/") for mount in runtime.mounts):
@@ -191,7 +193,7 @@ class Bubblewrap(Backend):
 
     def etc(self, files: _Files) -> list[str]:
         arguments = []
-        for name, content in _ETC.items():
+        for name, content in ETC.items():
             arguments += ["--file", str(files.hold(content)), f"/etc/{name}"]
         # Where libraries are, and which of several programs is meant (`awk`): what `/usr` alone leaves out.
         for path in ("/etc/ld.so.cache", "/etc/alternatives"):
@@ -247,11 +249,19 @@ class Bubblewrap(Backend):
     def _executable(self) -> str:
         return shutil.which("bwrap") or ""
 
-    def _bind_to_cores(self, cpus: float) -> None:
-        """This thread, and with it what it starts. Nobody inside may change it."""
-        count = min(len(self._cores), math.ceil(cpus))
+
+class Cores:
+    """The processor cores of this machine, given out in turn."""
+
+    def __init__(self) -> None:
+        self._turns = itertools.count()
+        self._all = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+
+    def bind(self, cpus: float) -> None:
+        """This thread, and with it what it starts, to as many as `cpus` needs. Nobody inside may change it."""
+        count = min(len(self._all), math.ceil(cpus))
         first = next(self._turns) * count
-        os.sched_setaffinity(0, {self._cores[(first + at) % len(self._cores)] for at in range(count)})
+        os.sched_setaffinity(0, {self._all[(first + at) % len(self._all)] for at in range(count)})
 
 
 class _Files:
@@ -270,7 +280,7 @@ class _Files:
         return descriptor
 
 
-class _User:
+class User:
     """A user of the host that no other sandbox of this machine has at the same time."""
 
     def __init__(self, uid: int, lock: socket.socket) -> None:
@@ -278,7 +288,7 @@ class _User:
         self._lock = lock
 
     @classmethod
-    def take(cls) -> _User:
+    def take(cls) -> User:
         for uid in range(FIRST_USER, FIRST_USER + _USERS):
             lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             try:
@@ -320,9 +330,7 @@ class _Ends:
 
 
 class _Cell(Cell):
-    def __init__(
-        self, process: subprocess.Popen[bytes], ends: _Ends, user: _User | None, cgroup: Cgroup | None
-    ) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], ends: _Ends, user: User | None, cgroup: Cgroup | None) -> None:
         self.stdin, self.stdout = ends.stdin, ends.stdout
         self.memory_by: MemoryBy = "watchdog" if cgroup is None else "cgroup"
         self._process = process

@@ -72,7 +72,13 @@ class Sandbox:
                 await sandbox._expect(wire.UP)
                 cell.confirm()
                 runtime = box.runtime
-                prepare = {"warm": runtime.warm if warm else (), "paths": runtime.paths, "env": dict(runtime.env)}
+                prepare = {
+                    "warm": runtime.warm if warm else (),
+                    "paths": runtime.paths,
+                    "env": dict(runtime.env),
+                    "links": runtime.links,
+                    "filter": cell.filter,
+                }
                 await sandbox._send(wire.frame(wire.PREPARE, marshal.dumps(prepare, 2)))
         except (Died, OSError, ValueError) as error:
             await sandbox.end()

@@ -45,8 +45,17 @@ def attack(name, act):
 attack("reads files of the worker", lambda: os.stat(os.environ["PROBE_FILE"]))
 attack("sees processes of the host", lambda: os.environ["PROBE_PID"] in os.listdir("/proc") and os.path.samefile(
     "/proc/self/ns/pid", f"/proc/{os.environ['PROBE_PID']}/ns/pid"))
-attack("reads the environment of PID 1", lambda: open("/proc/1/environ").read(1))
-attack("opens the wire", lambda: os.listdir("/proc/1/fd"))
+def opened():
+    for name in os.listdir("/proc/1/fd"):
+        for how in (os.O_RDONLY, os.O_WRONLY):
+            try:
+                os.open(f"/proc/1/fd/{name}", how | os.O_NONBLOCK)
+            except OSError:
+                continue
+            if os.readlink(f"/proc/1/fd/{name}") != "/dev/null":
+                return True
+attack("reads the environment of PID 1", lambda: open("/proc/1/environ").read().replace("HOME=/\\0", "") or None)
+attack("opens the wire", opened)
 attack("writes to the system", lambda: open("/usr/probe", "w"))
 attack("makes internet sockets", lambda: socket.socket(socket.AF_INET))
 attack("makes sockets to the hypervisor", lambda: socket.socket(40))

@@ -102,11 +102,11 @@ NO_TERMINAL = _ERRNO | errno.ENOTTY
 # Two that are in no table are unknown on purpose. `clone3`: its flags are in memory, where no filter sees them; glibc
 # then uses `clone`. x32: other numbers for the same calls, all of them beyond the last one here.
 
-_LOAD = 0x20
-_JUMP_EQUAL = 0x15
+LOAD = 0x20
+JUMP_EQUAL = 0x15
 _JUMP_GREATER = 0x25
-_JUMP_ANY_BIT = 0x45
-_RETURN = 0x06
+JUMP_ANY_BIT = 0x45
+RETURN = 0x06
 
 _RLIMIT_CORE = 4
 
@@ -141,30 +141,30 @@ Block = list[Instruction]
 def _only(argument: int, values: tuple[int, ...], otherwise: int) -> Block:
     """Allowed where the argument is one of these."""
     return [
-        Instruction(_LOAD, _argument(argument)),
-        *(Instruction(_JUMP_EQUAL, value, len(values) - at) for at, value in enumerate(values)),
-        Instruction(_RETURN, otherwise),
-        Instruction(_RETURN, ALLOW),
+        Instruction(LOAD, _argument(argument)),
+        *(Instruction(JUMP_EQUAL, value, len(values) - at) for at, value in enumerate(values)),
+        Instruction(RETURN, otherwise),
+        Instruction(RETURN, ALLOW),
     ]
 
 
 def _none(argument: int, values: tuple[int, ...], otherwise: int) -> Block:
     """Allowed where the argument is none of these."""
     return [
-        Instruction(_LOAD, _argument(argument)),
-        *(Instruction(_JUMP_EQUAL, value, len(values) - at) for at, value in enumerate(values)),
-        Instruction(_RETURN, ALLOW),
-        Instruction(_RETURN, otherwise),
+        Instruction(LOAD, _argument(argument)),
+        *(Instruction(JUMP_EQUAL, value, len(values) - at) for at, value in enumerate(values)),
+        Instruction(RETURN, ALLOW),
+        Instruction(RETURN, otherwise),
     ]
 
 
 def _no_bit(argument: int, bits: int, otherwise: int) -> Block:
     """Allowed where the argument has none of these bits."""
     return [
-        Instruction(_LOAD, _argument(argument)),
-        Instruction(_JUMP_ANY_BIT, bits, 1),
-        Instruction(_RETURN, ALLOW),
-        Instruction(_RETURN, otherwise),
+        Instruction(LOAD, _argument(argument)),
+        Instruction(JUMP_ANY_BIT, bits, 1),
+        Instruction(RETURN, ALLOW),
+        Instruction(RETURN, otherwise),
     ]
 
 
@@ -172,9 +172,9 @@ def _socket_option() -> Block:
     """Any but the size of a socket's buffer: that is the kernel's memory and nobody's, 3.7 GB of it."""
     level, names = 1, (7, 8, 32, 33)
     return [
-        Instruction(_LOAD, _argument(1)),
-        Instruction(_JUMP_EQUAL, level, 1),
-        Instruction(_RETURN, ALLOW),
+        Instruction(LOAD, _argument(1)),
+        Instruction(JUMP_EQUAL, level, 1),
+        Instruction(RETURN, ALLOW),
         *_none(2, names, REFUSE),
     ]
 
@@ -185,29 +185,29 @@ def _own_limits() -> Block:
     It is set to what stops a core dump from being handed to a program of the host's.
     """
     return [
-        Instruction(_LOAD, _argument(0)),
-        Instruction(_JUMP_EQUAL, 0, 1),
-        Instruction(_RETURN, REFUSE),
-        Instruction(_LOAD, _argument(1)),
-        Instruction(_JUMP_EQUAL, _RLIMIT_CORE, 1),
-        Instruction(_RETURN, ALLOW),
+        Instruction(LOAD, _argument(0)),
+        Instruction(JUMP_EQUAL, 0, 1),
+        Instruction(RETURN, REFUSE),
+        Instruction(LOAD, _argument(1)),
+        Instruction(JUMP_EQUAL, _RLIMIT_CORE, 1),
+        Instruction(RETURN, ALLOW),
         # Where the new limit is; both halves of the address.
-        Instruction(_LOAD, _argument(2)),
-        Instruction(_JUMP_EQUAL, 0, 1),
-        Instruction(_RETURN, REFUSE),
-        Instruction(_LOAD, _argument(2) + 4),
-        Instruction(_JUMP_EQUAL, 0, 1),
-        Instruction(_RETURN, REFUSE),
-        Instruction(_RETURN, ALLOW),
+        Instruction(LOAD, _argument(2)),
+        Instruction(JUMP_EQUAL, 0, 1),
+        Instruction(RETURN, REFUSE),
+        Instruction(LOAD, _argument(2) + 4),
+        Instruction(JUMP_EQUAL, 0, 1),
+        Instruction(RETURN, REFUSE),
+        Instruction(RETURN, ALLOW),
     ]
 
 
 def _priority() -> Block:
     """One's own: it could make PID 1 wait for it, and so outrun it."""
     return [
-        Instruction(_LOAD, _argument(0)),
-        Instruction(_JUMP_EQUAL, 0, 1),
-        Instruction(_RETURN, REFUSE),
+        Instruction(LOAD, _argument(0)),
+        Instruction(JUMP_EQUAL, 0, 1),
+        Instruction(RETURN, REFUSE),
         *_only(1, (0,), REFUSE),
     ]
 
@@ -250,9 +250,9 @@ def rules(machine: str) -> dict[int, Block]:
             "that execute code on one of these"
         )
     column = _MACHINES[machine][1]
-    found = {number: [Instruction(_RETURN, ALLOW)] for _, number in _numbers(_ALLOWED, column)}
+    found = {number: [Instruction(RETURN, ALLOW)] for _, number in _numbers(_ALLOWED, column)}
     found |= {number: _CHECKS[name] for name, number in _numbers(_CHECKED, column)}
-    found |= {number: [Instruction(_RETURN, REFUSE)] for _, number in _numbers(_REFUSED, column)}
+    found |= {number: [Instruction(RETURN, REFUSE)] for _, number in _numbers(_REFUSED, column)}
     return found
 
 
@@ -260,6 +260,12 @@ def number_of(name: str, machine: str) -> int:
     """The number of a system call."""
     column = _MACHINES[machine][1]
     return dict(_numbers(_ALLOWED + _CHECKED + _REFUSED, column))[name]
+
+
+def names(machine: str) -> dict[int, str]:
+    """What each number is called."""
+    column = _MACHINES[machine][1]
+    return {number: name for name, number in _numbers(_ALLOWED + _CHECKED + _REFUSED, column)}
 
 
 def program(machine: str | None = None) -> bytes:
@@ -271,10 +277,10 @@ def program(machine: str | None = None) -> bytes:
 def assemble(machine: str, known: Mapping[int, Block]) -> bytes:
     """Rules as a program: a wrong architecture kills, then the numbers are gone through in order."""
     instructions = [
-        Instruction(_LOAD, _ARCHITECTURE),
-        Instruction(_JUMP_EQUAL, _MACHINES[machine][0], 1),
-        Instruction(_RETURN, KILL),
-        Instruction(_LOAD, _NUMBER),
+        Instruction(LOAD, _ARCHITECTURE),
+        Instruction(JUMP_EQUAL, _MACHINES[machine][0], 1),
+        Instruction(RETURN, KILL),
+        Instruction(LOAD, _NUMBER),
     ]
     for last, block in _ranges(known):
         # The last range has no end; the kernel refuses a jump that leads out of the program.
@@ -285,7 +291,7 @@ def assemble(machine: str, known: Mapping[int, Block]) -> bytes:
 
 def _ranges(known: Mapping[int, Block]) -> Iterator[tuple[int, Block]]:
     """Every number there is, as ranges that have the same block: the last of each, and the block."""
-    unknown = [Instruction(_RETURN, UNKNOWN)]
+    unknown = [Instruction(RETURN, UNKNOWN)]
     block = known.get(0, unknown)
     for number in range(1, max(known) + 2):
         following = known.get(number, unknown)
