@@ -348,11 +348,10 @@ class PgvectorStore(Store):
         except psycopg.errors.UndefinedTable as error:
             raise NotFound("the index was dropped just now") from error
         except PoolTimeout as error:
-            raise Unavailable(
-                f"{self._place}: no connection within {_TIMEOUT_S:g} s; is it up, and are {self._connections} enough?"
-            ) from error
+            asked = f"is it up, and are {self._connections} enough?"
+            raise self._unavailable(f"no connection within {_TIMEOUT_S:g} s; {asked}") from error
         except psycopg.Error as error:
-            raise Unavailable(f"{self._place}: {self._said(error)}") from error
+            raise self._unavailable(str(error).strip().partition("\n")[0] or type(error).__name__) from error
 
     def _open(self) -> ConnectionPool[Connection[TupleRow]]:
         from psycopg_pool import ConnectionPool
@@ -391,20 +390,15 @@ class PgvectorStore(Store):
             cursor.execute("SELECT max(version) FROM ferrum_retrieval.version")
             (version,) = _one(cursor)
         if version != _VERSION:
-            raise Unavailable(
-                f"{self._place}: its schema ferrum_retrieval has version {version}, and this ferrum reads {_VERSION}"
-            )
+            raise self._unavailable(f"its schema ferrum_retrieval has version {version}; this ferrum reads {_VERSION}")
 
-    def _said(self, error: psycopg.Error) -> str:
-        """What went wrong, in one line and without the password."""
-        line = str(error).strip().partition("\n")[0] or type(error).__name__
-        password = self._where.get("password")
-        return line.replace(str(password), "***") if password else line
-
-    @property
-    def _place(self) -> str:
+    def _unavailable(self, reason: str) -> Unavailable:
         where = self._where
-        return f"PostgreSQL {where.get('dbname', '')!r} at {where.get('host', 'localhost')}:{where.get('port', 5432)}"
+        place = f"PostgreSQL {where.get('dbname', '')!r} at {where.get('host', 'localhost')}:{where.get('port', 5432)}"
+        # What a server or a library says may quote anything.
+        password = where.get("password")
+        said = f"{place}: {reason}"
+        return Unavailable(said.replace(str(password), "***") if password else said)
 
 
 def _configure(connection: Connection[TupleRow]) -> None:

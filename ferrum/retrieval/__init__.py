@@ -1,0 +1,1 @@
+"""Documents that workflows may read: indexes of them, and searches in these."""
