@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -133,13 +131,13 @@ def test_a_child_process_has_connections_of_its_own(store: PgvectorStore) -> Non
 # The schema.
 
 
-def test_processes_that_come_first_at_once_make_one_schema(database: str) -> None:
-    ask = "import sys; from ferrum.retrieval.pgvector import PgvectorStore; print(PgvectorStore(sys.argv[1]).indexes('t'))"
-    processes = [
-        subprocess.Popen([sys.executable, "-c", ask, database], stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    assert [process.communicate(timeout=60)[0] for process in processes] == ["[]\n"] * 2
+def test_those_that_come_first_at_once_make_one_schema(database: str) -> None:
+    stores = [PgvectorStore(database) for _ in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(lambda store: store.indexes("acme"), stores)) == [[]] * 3
     assert run(database, "SELECT version FROM ferrum_retrieval.version") == [(1,)]
+    for store in stores:
+        store.close()
 
 
 def test_a_schema_of_another_version_is_left_alone(store: PgvectorStore, database: str) -> None:

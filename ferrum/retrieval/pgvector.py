@@ -37,7 +37,6 @@ from ferrum.retrieval.store import (
 )
 
 if TYPE_CHECKING:
-    import psycopg
     from psycopg import Connection, Cursor
     from psycopg.rows import TupleRow
     from psycopg.sql import Composable, Composed
