@@ -20,7 +20,8 @@ from types import FrameType
 
 import click
 
-from ferrum.cli import COMPLETED, FAILED, INTERRUPTED, MISTAKE, Here, Lines, echo_report
+from ferrum.cli.here import Here, Lines, echo_report
+from ferrum.cli.options import COMPLETED, FAILED, INTERRUPTED, MISTAKE
 from ferrum.errors import Conflict, FerrumError
 from ferrum.events import Event, StepWaiting
 from ferrum.local.process import take_lock

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import Any, cast
 
-from ferrum.governance.acts import Act, ModelCall, ModelReply, ToolCall, ToolReply
+from ferrum.governance.acts import Act, By, ModelCall, R, Reply, ToolCall
 from ferrum.mcp.router import Router
 from ferrum.mcp.specs import load_servers
 from ferrum.models import calls, prices
@@ -22,14 +23,18 @@ class LiveActors:
     def warm(self) -> None:
         calls.warm()
 
-    def estimate(self, act: Act) -> Usage:
-        return prices.estimate(act) if isinstance(act, ModelCall) else Usage(tool_calls=1)
+    def estimate(self, act: Act[Any]) -> Usage:
+        return prices.estimate(act) if isinstance(act, ModelCall) else act.counts
 
-    async def model(self, call: ModelCall) -> ModelReply:
-        return await calls.complete(call)
-
-    async def tool(self, call: ToolCall, idempotency_key: str) -> ToolReply:
-        return await self._router.call(call, idempotency_key)
+    async def carry_out(self, act: Act[R], by: By) -> R:
+        match act:
+            case ModelCall():
+                reply: Reply = await calls.complete(act)
+            case ToolCall():
+                reply = await self._router.call(act, by.idempotency_key)
+            case _:
+                raise NotImplementedError(f"nobody carries out {act.kind} acts")
+        return cast("R", reply)
 
     async def aclose(self) -> None:
         """End every session and connection."""

@@ -155,6 +155,15 @@ class StepLost(_StepEvent):
     usage: Usage = Usage()
 
 
+class StepOutput(_StepEvent):
+    """What a running step says while it runs."""
+
+    type: Literal["step.output"] = "step.output"
+    #: `stdout` or `stderr`.
+    stream: str
+    text: str
+
+
 class StepCompleted(_StepEvent):
     type: Literal["step.completed"] = "step.completed"
     seconds: float
@@ -217,6 +226,7 @@ Event = Annotated[
     | StepResumed
     | ApprovalDecided
     | StepLost
+    | StepOutput
     | StepCompleted
     | StepFailed
     | StepSkipped
@@ -317,7 +327,7 @@ def _apply(state: RunState, event: Event) -> None:  # noqa: PLR0912 - one case p
         case RunCompensating():
             state.status, state.reason = RunStatus.COMPENSATING, event.reason
             _cancel_rest(state)
-        case SignalReceived():
+        case SignalReceived() | StepOutput():
             pass
         case StepCancelled():
             state._change(event, status=StepStatus.CANCELLED)

@@ -15,9 +15,10 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
-from typing import Any, Protocol, overload
+from typing import Any, Protocol
 
 from pydantic import JsonValue
 
@@ -36,7 +37,7 @@ from ferrum.errors import (
     StepTimeout,
     Unavailable,
 )
-from ferrum.governance.acts import Act, ModelCall, ModelReply, Reply, ToolCall, ToolReply
+from ferrum.governance.acts import Act, By, R
 from ferrum.governance.door import decide
 from ferrum.governance.policy import Decision, Effect, Policy
 from ferrum.limits import Concurrency, Entered, Limits, Rate
@@ -65,11 +66,14 @@ from ferrum.results import RunStatus, StepStatus, Usage
 from ferrum.scripts import Who
 from ferrum.settings import redact
 from ferrum.steps import Done, Health, Inside, Park, Skip
+from ferrum.voice import Voice
 from ferrum.workflow import Step
 
 log = logging.getLogger(__name__)
 
 _PLANS_KEPT = 256
+#: How late a step that keeps time itself may be.
+_LATE_S = 10.0
 #: What a step can wait for besides a person, its time and a signal.
 CHILDREN, RUN, CACHE, LIMIT = "children", "run", "cache", "limit"
 
@@ -81,13 +85,11 @@ class Actors(Protocol):
         """Import what acts need, so that the first is not slow."""
         ...
 
-    def estimate(self, act: Act) -> Usage:
+    def estimate(self, act: Act[Any]) -> Usage:
         """What the act may use at most, so far as one can know before."""
         ...
 
-    async def model(self, call: ModelCall) -> ModelReply: ...
-
-    async def tool(self, call: ToolCall, idempotency_key: str) -> ToolReply: ...
+    async def carry_out(self, act: Act[R], by: By) -> R: ...
 
 
 class Then(Enum):
@@ -415,6 +417,7 @@ class _Attempt:
         self._look_again: Callable[[], bool] | None = None
         self._began = time.monotonic()
         self._acts = 0
+        self._said = 0
         #: By the acts of this attempt, and the part of it that the record knows already.
         self._usage = Usage()
         self._settled = Usage()
@@ -660,7 +663,7 @@ class _Attempt:
         key = f"{self.idempotency_key}#{self._claim.failed_tries + 1}"
         run = plan.new_run(
             new_run_id(beside=self.run_id), key, self._executor.artifacts.keep(checked).dumps(),
-            parent=(self.run_id, self.step_id),
+            tenant=self._claim.tenant, parent=(self.run_id, self.step_id),
         )  # fmt: skip
         try:
             return self._executor.record.create(run)
@@ -747,12 +750,17 @@ class _Attempt:
 
     async def _limited(self, work: Awaitable[JsonValue]) -> JsonValue:
         try:
-            async with asyncio.timeout(self._step.timeout_s) as limit:
+            async with asyncio.timeout(self._limit_s) as limit:
                 return await work
         except TimeoutError:
             if not limit.expired():
                 raise
             raise self._too_long() from None
+
+    @property
+    def _limit_s(self) -> float | None:
+        limit, kind = self._step.timeout_s, self._step.type
+        return limit + _LATE_S if limit is not None and kind.keeps_time else limit
 
     def _too_long(self) -> StepTimeout:
         return StepTimeout(f"took longer than its timeout of {self._step.timeout_s:g} s", retry=True)
@@ -783,15 +791,7 @@ class _Attempt:
 
     # The choke point.
 
-    @overload
-    async def perform(self, act: ModelCall) -> ModelReply: ...
-    @overload
-    async def perform(self, act: ToolCall) -> ToolReply: ...
-    async def perform(self, act: Act) -> Reply:
-        """Let the act happen, if it may: decided, recorded and reserved before it begins.
-
-        Raises `Denied`, `Park` to ask a person, and what the act raises.
-        """
+    async def perform(self, act: Act[R], /) -> R:
         decision = decide(act, self._executor.policy, self._claim.grants)
         await asyncio.to_thread(self._admit, decision, self._executor.actors.estimate(act))
         if decision.effect is Effect.DENY:
@@ -810,7 +810,7 @@ class _Attempt:
             )  # fmt: skip
             self._settled += spent
 
-    def _ask(self, act: Act, decision: Decision) -> Denied | Park:
+    def _ask(self, act: Act[Any], decision: Decision) -> Denied | Park:
         verdict = self._claim.verdict
         if verdict is not None and self._claim.bound == act.digest:
             if verdict.expired:
@@ -821,15 +821,24 @@ class _Attempt:
         shown = act.model_dump(mode="json")
         return Park("ask", f"{act.kind} {act.target}: {decision.reason}", act=shown, bound=act.digest)
 
-    async def _do(self, act: Act) -> Reply:
-        actors = self._executor.actors
-        if isinstance(act, ModelCall):
-            reply = await actors.model(act)
-            self._usage += reply.usage
-            return reply
-        # Counted whatever comes of it: the call was made.
-        self._usage += Usage(tool_calls=1)
-        return await actors.tool(act, self.idempotency_key)
+    async def _do(self, act: Act[R]) -> R:
+        self._usage += act.counts
+        voice = Voice(self._say)
+        by = By(self.idempotency_key, self._claim.tenant, voice.say, self.perform)
+        try:
+            reply = await self._executor.actors.carry_out(act, by)
+        finally:
+            await voice.aclose()
+        self._usage += reply.usage
+        return reply
+
+    async def _say(self, stream: str, text: str) -> None:
+        """Tell those who watch the run what this attempt is saying."""
+        self._said += 1
+        data = {"attempt": self.number, "stream": stream, "text": redact(text)}
+        # A courtesy: who lost the step hears of it by the heartbeat.
+        with suppress(Lost, Unavailable):
+            await asyncio.to_thread(self._executor.record.say, self._hold.held, self._said, data)
 
     def _decided(self, decision: Decision) -> dict[str, object]:
         return {**decision.model_dump(mode="json"), "attempt": self.number}

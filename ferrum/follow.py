@@ -27,6 +27,7 @@ from ferrum.events import (
     StepFailed,
     StepKept,
     StepLost,
+    StepOutput,
     StepResumed,
     StepSkipped,
     StepStarted,
@@ -105,6 +106,8 @@ def _said(event: Event) -> tuple[str, str, str]:  # noqa: PLR0911, PLR0912 - one
             return _answered(event)
         case StepLost():
             return "↻", f"try {event.attempt}  {event.reason}; it is sent again", "bad"
+        case StepOutput():
+            return "│", one_line(event.text), "quiet"
         case StepCompleted():
             by = f"  by fallback {event.fallback}" if event.fallback else "  from the cache" if event.cached else ""
             return "←", f"try {event.attempt}  {duration(event.seconds)}{by}", "good"

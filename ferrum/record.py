@@ -293,6 +293,7 @@ class Claimed:
     memory: JsonValue
     #: Envelope of the signal that it waited for; empty before that came.
     signal: str
+    tenant: str
     needs: Mapping[str, Need]
 
 
@@ -491,6 +492,10 @@ class Record(Connection):
         if reply[0] == "over":
             raise Over(str(reply[1]), _sends(reply[2]))
         _held(reply)
+
+    def say(self, held: Held, number: int, data: Mapping[str, object]) -> None:
+        """Keep the `number`-th piece of what this claim's attempt says. Raises `Lost`."""
+        _held(self._run("say", held.run_id, held.run_id, held.step_id, held.token, number, _dumps(data)))
 
     def finish(
         self,
@@ -926,11 +931,13 @@ class Record(Connection):
 
 
 def _claimed(reply: list[Any]) -> Claimed:
-    _, plan, attempt, failed, verdict, bound, grants, run_input, memory, signal, *needs = reply
+    _, plan, attempt, failed, verdict, bound, grants, run_input, memory, signal, tenant, *needs = reply
     ends = {needs[i]: Need(StepStatus(needs[i + 1]), needs[i + 2]) for i in range(0, len(needs), 3)}
     said = _verdict(verdict) if verdict else None
     kept = json.loads(memory) if memory else None
-    return Claimed(plan, attempt, failed, said, bound, frozenset(json.loads(grants)), run_input, kept, signal, ends)
+    return Claimed(
+        plan, attempt, failed, said, bound, frozenset(json.loads(grants)), run_input, kept, signal, tenant, ends
+    )
 
 
 def _frame_end(

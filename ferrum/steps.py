@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, overload
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from ferrum.errors import Denied, StepError, StepTimeout
-from ferrum.governance.acts import ModelCall, ModelReply, ToolCall, ToolReply
+from ferrum.governance.acts import Act, R
 from ferrum.record import Verdict
 from ferrum.workflow import Retry, Step
 
@@ -61,10 +61,12 @@ class Attempt(Protocol):
         """The data of the signal that it waited for; `None` while none came."""
         ...
 
-    @overload
-    async def perform(self, act: ModelCall) -> ModelReply: ...
-    @overload
-    async def perform(self, act: ToolCall) -> ToolReply: ...
+    async def perform(self, act: Act[R], /) -> R:
+        """Let the act happen, if it may: decided, recorded and reserved before it begins.
+
+        Raises `Denied`, `Park` to ask a person, and what the act raises.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +227,8 @@ class StepType(ABC, Generic[P]):
     composed: ClassVar[bool] = False
     #: Its `timeout` is how long it waits, not how long an attempt may take; the workflow's default is not for it.
     waits: ClassVar[bool] = False
+    #: It ends by itself at its `timeout`, and says how; the executor only steps in where it does not.
+    keeps_time: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, params: P, attempt: Attempt) -> Awaitable[JsonValue] | JsonValue:

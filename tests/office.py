@@ -67,7 +67,7 @@ class Office:
         self.executor = Executor(
             record=record,
             artifacts=artifacts,
-            policy=Policy.of({"allow": ["tool:*", "model:*"]}),
+            policy=Policy.of({"allow": ["tool:*", "model:*", "sandbox:*"]}),
             actors=self.actors,
             loop=loop,
             worker="w",

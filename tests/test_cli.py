@@ -21,6 +21,7 @@ import yaml
 from fleet import Fleet, eventually, status_of
 
 from ferrum import cli
+from ferrum.cli.inputs import read_inputs
 from ferrum.errors import InputError
 from ferrum.results import RunStatus
 from ferrum.workflow import Workflow
@@ -143,7 +144,7 @@ def test_inputs_are_read_by_the_types_that_the_workflow_declares(tmp_path: Path)
     kinds = ("string", "integer", "number", "boolean", "array", "object")
     declared = Workflow.of({"name": "x", "inputs": {kind: {"type": kind} for kind in kinds}, "steps": {"a": GATE}})
     texts = ["string=12", "integer=12", "number=1.5", "boolean=true", "array=[1]", 'object={"a": "b=c"}']
-    assert cli.read_inputs(declared, texts) == {
+    assert read_inputs(declared, texts) == {
         "string": "12",
         "integer": 12,
         "number": 1.5,
@@ -152,7 +153,7 @@ def test_inputs_are_read_by_the_types_that_the_workflow_declares(tmp_path: Path)
         "object": {"a": "b=c"},
     }
     (tmp_path / "more.json").write_text('{"integer": 1, "string": "from a file"}')
-    both = cli.read_inputs(declared, [f"@{tmp_path / 'more.json'}", "string=a=b"])
+    both = read_inputs(declared, [f"@{tmp_path / 'more.json'}", "string=a=b"])
     assert both == {"integer": 1, "string": "a=b"}
 
 
@@ -163,7 +164,7 @@ def test_a_file_of_inputs_that_is_none_is_named(tmp_path: Path, content: str | N
         file.write_text(content)
     declared = Workflow.of({"name": "x", "steps": {"a": GATE}})
     with pytest.raises(InputError, match=f"--input @.*in.json: .*{said}"):
-        cli.read_inputs(declared, [f"@{file}"])
+        read_inputs(declared, [f"@{file}"])
 
 
 # On a worker that is there.

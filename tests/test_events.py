@@ -55,6 +55,7 @@ KEPT: dict[str, tuple[str, dict[str, object], str]] = {
     "step.resumed": ("a", {"why": "its time came"}, ""),
     "approval.decided": ("a", {"approved": True, "by": "ann"}, ""),
     "step.lost": ("a", {"reason": "its worker died", "usage": {"tool_calls": 1}}, ""),
+    "step.output": ("a", {"attempt": 1, "stream": "stdout", "text": "hello\n"}, ""),
     "step.completed": ("a", {"seconds": 0.5, "usage": {"cost_micro_usd": 1500000}}, '{"v":1}'),
     "step.failed": ("a", {"error": "no", "seconds": 0.1}, ""),
     "step.skipped": ("a", {"reason": "'b' failed", "cause": "b"}, ""),

@@ -20,21 +20,36 @@ from pydantic import JsonValue
 import ferrum.settings
 from ferrum.artifacts import Artifacts
 from ferrum.errors import ModelError, SettingsError, StepError, ToolError, Unavailable
-from ferrum.events import ActDecided, RunState, StepWaiting
+from ferrum.events import ActDecided, RunState, StepOutput, StepWaiting
 from ferrum.executor import Holds, Outcome, Then
-from ferrum.governance.acts import Act, ModelCall, ToolCall
+from ferrum.governance.acts import (
+    Act,
+    By,
+    CodeReply,
+    CodeRun,
+    Document,
+    Embedding,
+    EmbeddingReply,
+    ModelCall,
+    R,
+    Search,
+    SearchReply,
+    ToolCall,
+    WhyEnded,
+)
 from ferrum.governance.budget import Limits
 from ferrum.governance.policy import Policy
 from ferrum.loop import LoopThread
-from ferrum.record import Held, Record, Resend, Verdict
+from ferrum.record import Held, Lost, Record, Resend, Verdict
 from ferrum.results import RunStatus, StepStatus, Usage
 from ferrum.steps import Attempt, step_types
-from ferrum.testing.actors import Done
+from ferrum.testing.actors import Done, ScriptedActors
 
 MODEL = "test/model"
 LOG = ToolCall(server="git", tool="log", arguments={})
 ASK = ModelCall(model=MODEL, messages=({"role": "user", "content": "hi"},))
 TOOL = {"type": "tool", "tool": "git.log"}
+RAN = CodeReply(reason=WhyEnded.OK, exit_code=0, wall_s=0.1, backend="none", memory_by="watchdog")
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +89,20 @@ async def model(params: Given, attempt: Attempt) -> JsonValue:
     return (await attempt.perform(ASK)).text
 
 
+class Chatty(ScriptedActors):
+    """Speaks while it acts, and embeds what is searched for."""
+
+    tenant = ""
+
+    async def carry_out(self, act: Act[R], by: By) -> R:
+        for stream, text in [("stdout", "one\n"), ("stdout", "two\n"), ("stderr", "oh")]:
+            by.say(stream, text)
+        if isinstance(act, Search):
+            await by.perform(Embedding(model="test/embedder", texts=(act.query,)))
+            assert by.tenant == self.tenant
+        return await super().carry_out(act, by)
+
+
 # What comes of an attempt.
 
 
@@ -96,6 +125,69 @@ def test_a_claim_is_held_until_what_follows_was_sent(office: Office) -> None:
     office.executor.holds.release(outcome.held)
     assert office.executor.holds.current() == []
     assert office.executor.holds.take_released() == [outcome.held]
+
+
+def test_what_an_act_says_is_an_event_while_the_step_runs(office: Office, types: Types) -> None:
+    async def code(params: Given, attempt: Attempt) -> JsonValue:
+        reply = await attempt.perform(CodeRun(code="…"))
+        events = office.record.events(attempt.run_id)
+        said = [(event.step, event.stream, event.text) for event in events if isinstance(event, StepOutput)]
+        assert said == [("a", "stdout", "one\ntwo\n"), ("a", "stderr", "oh")]
+        return reply.reason
+
+    types(code=code)
+    office.executor.actors = Chatty().on("python-basic", RAN)
+    state = office.play({"a": {"type": "code"}})
+    assert state.step_outputs["a"] == '{"v":"ok"}'
+    # What is run counts as a tool does.
+    assert state.usage == Usage(tool_calls=1)
+
+
+def test_what_is_said_twice_is_told_once_and_what_the_dead_say_is_not_told(office: Office) -> None:
+    run = office.begin({"a": TOOL})
+    held = Held(run.run_id, "a", "w#1")
+    office.record.claim(held, "w", 60)
+    for number in (1, 1, 2):
+        office.record.say(held, number, {"attempt": 1, "stream": "stdout", "text": str(number)})
+    events = office.record.events(run.run_id)
+    assert [event.text for event in events if isinstance(event, StepOutput)] == ["1", "2"]
+    with pytest.raises(Lost):
+        office.record.say(Held(run.run_id, "a", "w#0"), 3, {"attempt": 1, "stream": "stdout", "text": "3"})
+
+
+def test_what_a_step_loses_while_it_speaks_does_not_stop_its_act(office: Office, types: Types) -> None:
+    async def code(params: Given, attempt: Attempt) -> JsonValue:
+        office.record.cancel(attempt.run_id, "ada", None)
+        return (await attempt.perform(CodeRun(code="…"))).reason
+
+    types(code=code)
+    office.executor.actors = Chatty().on("python-basic", RAN)
+    assert office.play({"a": {"type": "code"}}).status is RunStatus.CANCELLED
+
+
+def test_what_an_act_needs_done_besides_is_decided_for_itself(office: Office, types: Types) -> None:
+    async def search(params: Given, attempt: Attempt) -> JsonValue:
+        return (await attempt.perform(Search(index="docs", query="how?"))).model_dump(mode="json")["documents"]
+
+    types(search=search)
+    found = SearchReply(documents=(Document(text="so", score=1, source="a.md"),))
+    vector = EmbeddingReply(vectors=((1.0,),), model="m", usage=Usage(input_tokens=3, model_calls=1))
+    office.executor.actors = actors = Chatty().on("docs", found).on("test/embedder", vector)
+    office.executor.policy = Policy.of({"allow": ["retrieval:*", "model:*"]})
+    run = office.begin({"a": {"type": "search"}})
+    actors.tenant = run.queue
+    office.attempt(run)
+    state = office.record.state(run.run_id)
+    assert json.loads(state.step_outputs["a"])["v"][0]["text"] == "so"
+    assert state.usage == Usage(input_tokens=3, model_calls=1)
+    decided = [event for event in office.record.events(run.run_id) if isinstance(event, ActDecided)]
+    assert [(one.kind, one.target) for one in decided] == [("retrieval", "docs"), ("model", "test/embedder")]
+
+    office.executor.policy = Policy.of({"allow": ["retrieval:*"]})
+    run = office.begin({"a": {"type": "search"}})
+    actors.tenant = run.queue
+    office.attempt(run)
+    assert "nothing allows model 'test/embedder'" in str(office.record.state(run.run_id).step("a").error)
 
 
 def test_the_input_and_the_outputs_of_other_steps_reach_a_step(office: Office) -> None:

@@ -114,11 +114,11 @@ ALIKE: dict[str, Json] = {
     "tries that run out": workflow({"a": boom(retry={"max_attempts": 3, "backoff": "1ms"})}),
     "failures that are not tried again": workflow({"a": boom(retry={"max_attempts": 3, "on": ["timeout"]})}),
     "a block with a timeout for each": workflow(
-        {"b": {"for_each": [1, 2], "timeout": "9s", "steps": {"x": echo("{{ item }}"), "y": echo("{{ x }}")}}},
+        {"b": {"for_each": [1, 2], "timeout": "90s", "steps": {"x": echo("{{ item }}"), "y": echo("{{ x }}")}}},
         {"r": "{{ b }}"},
     ),
     "a case that is a block with a timeout": workflow(
-        {"s": {"type": "switch", "value": "a", "cases": {"a": {"timeout": "9s", "steps": {"x": echo(1)}}}}}
+        {"s": {"type": "switch", "value": "a", "cases": {"a": {"timeout": "90s", "steps": {"x": echo(1)}}}}}
     ),
     "tries of a block": workflow({"b": {"retry": {"max_attempts": 2, "backoff": "1ms"}, "steps": {"x": boom()}}}),
     "a saga": workflow(

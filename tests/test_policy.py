@@ -19,6 +19,8 @@ unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "ferrum.policy.yaml"
 
+BEGINS = "a pattern begins with 'tool:', 'model:', 'sandbox:', 'retrieval:' or 'ingest:'"
+
 
 def tool(name: str, **arguments: str) -> ToolCall:
     server, _, rest = name.partition(".")
@@ -153,9 +155,9 @@ def test_a_policy_that_says_nothing_denies_everything(text: str) -> None:
             "deny:\n  - !!str [a]\n",
             'p.yaml:2: deny[0] is not text: a pattern is written like "tool:git.*", in quotes',
         ),
-        ("ask: ['']\n", "p.yaml:1: ask[0] is '': a pattern begins with 'tool:' or 'model:'"),
-        ("ask: ['tools:x']\n", "p.yaml:1: ask[0] is 'tools:x': a pattern begins with 'tool:' or 'model:'"),
-        ("ask: ['*']\n", "p.yaml:1: ask[0] is '*': a pattern begins with 'tool:' or 'model:'"),
+        ("ask: ['']\n", f"p.yaml:1: ask[0] is '': {BEGINS}"),
+        ("ask: ['tools:x']\n", f"p.yaml:1: ask[0] is 'tools:x': {BEGINS}"),
+        ("ask: ['*']\n", f"p.yaml:1: ask[0] is '*': {BEGINS}"),
         ("ask: ['tool:']\n", "p.yaml:1: ask[0] is 'tool:', which matches nothing: write 'tool:*' for every tool"),
         ("ask: ['tool:a?']\n", "p.yaml:1: ask[0] is 'tool:a?': '?' has no meaning in a pattern, only '*' has"),
         ("ask: ['tool: a']\n", "p.yaml:1: ask[0] is 'tool: a': ' ' has no meaning in a pattern, only '*' has"),

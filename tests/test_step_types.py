@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from ferrum.artifacts import Artifacts, Ref
 from ferrum.errors import Denied, ModelError, OutputError, SettingsError, StepError, TaskError, ToolError
-from ferrum.governance.acts import ModelCall, ModelReply, ToolCall, ToolReply
+from ferrum.governance.acts import By, ModelCall, ModelReply, ToolCall, ToolReply
 from ferrum.record import Verdict
 from ferrum.settings import Settings
 from ferrum.steps import Health, Inside, Park, step_types
@@ -40,9 +40,7 @@ class Try:
     memory: Any = None
 
     async def perform(self, act: Any) -> Any:
-        if isinstance(act, ModelCall):
-            return await self.actors.model(act)
-        return await self.actors.tool(act, self.idempotency_key)
+        return await self.actors.carry_out(act, by(self))
 
     def at(self, kind: str, **params: Any) -> Any:
         """What a step of this type returns."""
@@ -53,6 +51,10 @@ class Try:
     @property
     def calls(self) -> list[ModelCall]:
         return [done.act for done in self.actors.done if isinstance(done.act, ModelCall)]
+
+
+def by(who: Any) -> By:
+    return By(who.idempotency_key, "default", lambda stream, text: None, who.perform)
 
 
 async def _result(work: Any) -> Any:
@@ -469,15 +471,15 @@ def test_a_scripted_actor_says_one_thing_after_the_other_and_keeps_to_the_last()
     call = ToolCall(server="s", tool="t", arguments={"x": 2})
 
     async def story() -> list[Any]:
-        found: list[Any] = [await actors.tool(call, "key")]
+        found: list[Any] = [await actors.carry_out(call, by(Try()))]
         with pytest.raises(ToolError):
-            await actors.tool(call, "key")
-        found += [await actors.tool(call, "key"), await actors.tool(call, "key")]
+            await actors.carry_out(call, by(Try()))
+        found += [await actors.carry_out(call, by(Try())), await actors.carry_out(call, by(Try()))]
         with pytest.raises(LookupError, match=r"nothing was said about 's\.other'"):
-            await actors.tool(call.model_copy(update={"tool": "other"}), "key")
+            await actors.carry_out(call.model_copy(update={"tool": "other"}), by(Try()))
         ask = ModelCall(model="test/m", messages=())
         assert actors.estimate(ask) == actors.costs
-        return [*found, await actors.model(ask)]
+        return [*found, await actors.carry_out(ask, by(Try()))]
 
     *tools, answer = asyncio.run(story())
     assert tools == [ToolReply(output=4), ToolReply(output="yes"), ToolReply(output="yes")]

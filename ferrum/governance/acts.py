@@ -4,16 +4,45 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import abstractmethod
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, Self
+from typing import ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from ferrum.results import Usage
 
 
-class _Act(BaseModel):
+class Reply(BaseModel):
+    """What came of an act."""
+
+    model_config = ConfigDict(frozen=True)
+
+    usage: Usage = Usage()
+
+
+R = TypeVar("R", bound=Reply)
+
+#: What a policy's patterns begin with.
+Kind = Literal["model", "tool", "sandbox", "retrieval", "ingest"]
+
+
+class Act(BaseModel, Generic[R]):
+    """Something that may cost money or do harm, and what comes of it: an `R`."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    #: What it uses whatever comes of it, for it was begun.
+    counts: ClassVar[Usage] = Usage()
+
+    kind: Kind
+
+    @property
+    @abstractmethod
+    def target(self) -> str:
+        """What it is done to, as a policy's patterns name it."""
 
     @property
     def digest(self) -> str:
@@ -22,7 +51,37 @@ class _Act(BaseModel):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-class ModelCall(_Act):
+class Perform(Protocol):
+    """Lets an act happen, if it may. Raises `Denied`, and what the act raises."""
+
+    def __call__(self, act: Act[R], /) -> Awaitable[R]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class By:
+    """Whose act it is."""
+
+    #: The same for every attempt at the step.
+    idempotency_key: str
+    tenant: str
+    #: Tells those who watch the run what is being said: the stream, and a piece of it.
+    say: Callable[[str, str], None]
+    #: For what the act needs done besides, which is decided for itself.
+    perform: Perform
+
+
+class ModelReply(Reply):
+    """What a model answered."""
+
+    text: str
+    #: The model that answered, in the provider's words.
+    model: str
+    #: `stop`, `length`, `tool_calls`, `content_filter`.
+    finish_reason: str
+    usage: Usage
+
+
+class ModelCall(Act[ModelReply]):
     """One request to one model."""
 
     kind: Literal["model"] = "model"
@@ -41,21 +100,17 @@ class ModelCall(_Act):
         return self.model
 
 
-class ModelReply(BaseModel):
-    """What a model answered."""
+class ToolReply(Reply):
+    """What a tool returned."""
 
-    model_config = ConfigDict(frozen=True)
-
-    text: str
-    #: The model that answered, in the provider's words.
-    model: str
-    #: `stop`, `length`, `tool_calls`, `content_filter`.
-    finish_reason: str
-    usage: Usage
+    #: The structured result where the server gave one, else the text (parsed, where it is JSON).
+    output: JsonValue
 
 
-class ToolCall(_Act):
+class ToolCall(Act[ToolReply]):
     """One call of one tool."""
+
+    counts: ClassVar[Usage] = Usage(tool_calls=1)
 
     kind: Literal["tool"] = "tool"
     server: str
@@ -65,15 +120,6 @@ class ToolCall(_Act):
     @property
     def target(self) -> str:
         return f"{self.server}.{self.tool}"
-
-
-class ToolReply(BaseModel):
-    """What a tool returned."""
-
-    model_config = ConfigDict(frozen=True)
-
-    #: The structured result where the server gave one, else the text (parsed, where it is JSON).
-    output: JsonValue
 
 
 class InputFile(BaseModel):
@@ -92,8 +138,57 @@ class InputFile(BaseModel):
         return self
 
 
-class CodeRun(_Act):
+class WhyEnded(StrEnum):
+    """Why code in a sandbox came to its end."""
+
+    OK = "ok"
+    """It exited with 0."""
+    ERROR = "error"
+    """It exited with another code, or by a signal of its own making."""
+    TIMEOUT = "timeout"
+    MEMORY = "memory"
+    OUTPUT = "output"
+    """It said or gave back more than it may."""
+    DISK = "disk"
+    """It filled its files."""
+    KILLED = "killed"
+    """It was stopped from outside: its run was cancelled, or its sandbox died."""
+
+
+class CodeReply(Reply):
+    """What code in a sandbox left."""
+
+    reason: WhyEnded
+    #: One sentence for people; empty where `reason` is `ok`.
+    detail: str = ""
+    #: One of both, or none where it was stopped before it had either.
+    exit_code: int | None = None
+    #: `SIGSEGV` and the like.
+    signal: str | None = None
+    #: The first of each stream, up to a cap.
+    stdout: str = ""
+    stderr: str = ""
+    #: Whether it left an `output_file`, and what that holds.
+    has_output: bool = False
+    output: JsonValue = None
+    #: What it gave back, by path.
+    files: dict[str, bytes] = {}
+    #: What there was more of than is kept: `stdout`, `stderr`, `files`; and what was refused, with why.
+    cut: tuple[str, ...] = ()
+    wall_s: float
+    cpu_s: float | None = None
+    #: Bytes; `None` where nobody could see.
+    peak_memory: int | None = None
+    #: What isolated it: `bubblewrap`, `gvisor`, `container`.
+    backend: str
+    #: How its memory was held.
+    memory_by: Literal["cgroup", "watchdog"]
+
+
+class CodeRun(Act[CodeReply]):
     """One run of code that nobody has read, in a sandbox made for it and ended with it."""
+
+    counts: ClassVar[Usage] = Usage(tool_calls=1)
 
     kind: Literal["sandbox"] = "sandbox"
     #: The prepared environment that it runs in.
@@ -126,56 +221,15 @@ class CodeRun(_Act):
         return self.runtime
 
 
-class WhyEnded(StrEnum):
-    """Why code in a sandbox came to its end."""
+class EmbeddingReply(Reply):
+    """A vector for each text, in order."""
 
-    OK = "ok"
-    """It exited with 0."""
-    ERROR = "error"
-    """It exited with another code, or by a signal of its own making."""
-    TIMEOUT = "timeout"
-    MEMORY = "memory"
-    OUTPUT = "output"
-    """It said or gave back more than it may."""
-    DISK = "disk"
-    """It filled its files."""
-    KILLED = "killed"
-    """It was stopped from outside: its run was cancelled, or its sandbox died."""
+    vectors: tuple[tuple[float, ...], ...]
+    model: str
+    usage: Usage
 
 
-class CodeReply(BaseModel):
-    """What code in a sandbox left."""
-
-    model_config = ConfigDict(frozen=True)
-
-    reason: WhyEnded
-    #: One sentence for people; empty where `reason` is `ok`.
-    detail: str = ""
-    #: One of both, or none where it was stopped before it had either.
-    exit_code: int | None = None
-    #: `SIGSEGV` and the like.
-    signal: str | None = None
-    #: The first of each stream, up to a cap.
-    stdout: str = ""
-    stderr: str = ""
-    #: Whether it left an `output_file`, and what that holds.
-    has_output: bool = False
-    output: JsonValue = None
-    #: What it gave back, by path.
-    files: dict[str, bytes] = {}
-    #: What there was more of than is kept: `stdout`, `stderr`, `files`; and what was refused, with why.
-    cut: tuple[str, ...] = ()
-    wall_s: float
-    cpu_s: float | None = None
-    #: Bytes; `None` where nobody could see.
-    peak_memory: int | None = None
-    #: What isolated it: `bubblewrap`, `gvisor`, `container`.
-    backend: str
-    #: How its memory was held.
-    memory_by: Literal["cgroup", "watchdog"]
-
-
-class Embedding(_Act):
+class Embedding(Act[EmbeddingReply]):
     """One request to one model to embed texts."""
 
     kind: Literal["model"] = "model"
@@ -185,38 +239,6 @@ class Embedding(_Act):
     @property
     def target(self) -> str:
         return self.model
-
-
-class EmbeddingReply(BaseModel):
-    """A vector for each text, in order."""
-
-    model_config = ConfigDict(frozen=True)
-
-    vectors: tuple[tuple[float, ...], ...]
-    model: str
-    usage: Usage
-
-
-class Search(_Act):
-    """One search in one index."""
-
-    kind: Literal["retrieval"] = "retrieval"
-    index: str
-    query: str
-    top_k: int = Field(5, ge=1, le=1000)
-    mode: Literal["hybrid", "vector", "text"] = "hybrid"
-    #: Metadata that a document must have: a value, or a list of which it is one.
-    filter: dict[str, JsonValue] = {}
-    #: From 0 to 1; documents below are left out.
-    min_score: float | None = None
-    #: From 0 (nearest only) to 1 (as different from each other as can be): maximal marginal relevance.
-    diversity: float | None = Field(None, ge=0, le=1)
-    #: The query's, where a model made it; it follows from the query.
-    vector: tuple[float, ...] | None = Field(None, exclude=True, repr=False)
-
-    @property
-    def target(self) -> str:
-        return self.index
 
 
 class Document(BaseModel):
@@ -234,13 +256,65 @@ class Document(BaseModel):
     metadata: dict[str, JsonValue] = {}
 
 
-class SearchReply(BaseModel):
+class SearchReply(Reply):
     """What a search found, the best first."""
-
-    model_config = ConfigDict(frozen=True)
 
     documents: tuple[Document, ...]
 
 
-Act = ModelCall | ToolCall
-Reply = ModelReply | ToolReply
+class Search(Act[SearchReply]):
+    """One search in one index."""
+
+    kind: Literal["retrieval"] = "retrieval"
+    index: str
+    query: str
+    top_k: int = Field(5, ge=1, le=1000)
+    mode: Literal["hybrid", "vector", "text"] = "hybrid"
+    #: Metadata that a document must have: a value, or a list of which it is one.
+    filter: dict[str, JsonValue] = {}
+    #: From 0 to 1; documents below are left out.
+    min_score: float | None = None
+    #: From 0 (nearest only) to 1 (as different from each other as can be): maximal marginal relevance.
+    diversity: float | None = Field(None, ge=0, le=1)
+
+    @property
+    def target(self) -> str:
+        return self.index
+
+
+class NewDocument(BaseModel):
+    """A document that an index is given, whole."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: str
+    #: What it is called, and what it replaces: a file's path, a URL.
+    source: str = Field(min_length=1)
+    metadata: dict[str, JsonValue] = {}
+
+
+class IngestReply(Reply):
+    """What became of the documents that an index was given."""
+
+    added: int = 0
+    updated: int = 0
+    unchanged: int = 0
+    removed: int = 0
+    #: Pieces that the index has now.
+    chunks: int = 0
+
+
+class Ingest(Act[IngestReply]):
+    """Documents for one index; those of the same source are replaced."""
+
+    kind: Literal["ingest"] = "ingest"
+    index: str
+    documents: tuple[NewDocument, ...]
+    #: Where the index is not there yet, it is made with this one.
+    embedding: str | None = None
+    #: Whether sources that are not among the documents are removed.
+    prune: bool = False
+
+    @property
+    def target(self) -> str:
+        return self.index

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ferrum.governance.acts import Act
 from ferrum.governance.policy import Decision, Effect, Policy
 
 
-def decide(act: Act, policy: Policy, grants: frozenset[str]) -> Decision:
+def decide(act: Act[Any], policy: Policy, grants: frozenset[str]) -> Decision:
     """Decide on an act before it is done.
 
     `grants` are the digests of the acts that people have said yes to. A grant answers an `ask` and is bound to all

@@ -8,7 +8,8 @@ ask: ["tool:git.push"]
 deny: ["tool:*.delete_*"]
 ```
 
-A pattern is `tool:<server>.<tool>` or `model:<provider>/<model>`. In it, `*` stands for any run of characters, none
+A pattern is `tool:<server>.<tool>`, `model:<provider>/<model>`, `sandbox:<runtime>`, `retrieval:<index>` or
+`ingest:<index>`. In it, `*` stands for any run of characters, none
 and `.`, `/` and `:` included; everything else stands for itself, upper and lower case apart, from the first character
 to the last. `deny` wins over `ask`, `ask` over `allow`, the order within a list changes nothing but which rule is
 named, and what no pattern matches is denied.
@@ -21,19 +22,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Final, Literal, NoReturn
+from typing import Any, Final, NoReturn
 
 import yaml
 from pydantic import BaseModel, ConfigDict
 
 from ferrum.errors import SettingsError, did_you_mean
-from ferrum.governance.acts import Act
+from ferrum.governance.acts import Act, Kind
 from ferrum.settings import Settings
 
 #: Read from the working directory where `FERRUM_POLICY` names no other.
 DEFAULT_FILE: Final = Path("ferrum.policy.yaml")
 
-_KINDS: Final = ("tool", "model")
+_KINDS: Final = ("tool", "model", "sandbox", "retrieval", "ingest")
+_BEGINNINGS: Final = ", ".join(f"'{kind}:'" for kind in _KINDS[:-1]) + f" or '{_KINDS[-1]}:'"
 #: What other pattern languages give a meaning to; here it would be a rule that quietly never matches.
 _ODD: Final = re.compile(r"[\s?\[\]{}]")
 
@@ -57,12 +59,12 @@ class Decision(BaseModel):
     #: One sentence for the workflow's author.
     reason: str
     #: Of the act: what it is, what it is done to, and the sha256 of all that it would send.
-    kind: Literal["model", "tool"]
+    kind: Kind
     target: str
     digest: str
 
     @classmethod
-    def on(cls, act: Act, effect: Effect, rule: str, reason: str) -> Decision:
+    def on(cls, act: Act[Any], effect: Effect, rule: str, reason: str) -> Decision:
         return cls(effect=effect, rule=rule, reason=reason, kind=act.kind, target=act.target, digest=act.digest)
 
 
@@ -79,7 +81,7 @@ class Rule:
         """The address: `allow[0] tool:git.*`."""
         return f"{self.effect}[{self.index}] {self.pattern}"
 
-    def matches(self, act: Act) -> bool:
+    def matches(self, act: Act[Any]) -> bool:
         return _matches(self.pattern, f"{act.kind}:{act.target}")
 
 
@@ -127,7 +129,7 @@ class Policy:
                 rules.append(Rule(effect, index, _pattern(pattern, address, source, lines.get(address, 0))))
         return cls(tuple(rules), source)
 
-    def decide(self, act: Act) -> Decision:
+    def decide(self, act: Act[Any]) -> Decision:
         """The decision on an act, by the first rule of the strongest list that matches it."""
         for effect in Effect:
             for rule in self.rules:
@@ -137,7 +139,7 @@ class Policy:
                     )
         return Decision.on(act, Effect.DENY, "default", f"nothing allows {_named(act)}{self._remedy(act)}")
 
-    def _remedy(self, act: Act) -> str:
+    def _remedy(self, act: Act[Any]) -> str:
         # A name made by a model may hold a `*`, and an operator who copies it would allow more than this one act.
         if _ODD.search(act.target) or "*" in act.target:
             return f" in {self.source}"
@@ -154,7 +156,7 @@ def load_policy(settings: Settings) -> Policy:
 _SAYS: Final = {Effect.DENY: "is denied", Effect.ASK: "needs a person's yes", Effect.ALLOW: "is allowed"}
 
 
-def _named(act: Act) -> str:
+def _named(act: Act[Any]) -> str:
     return f"{act.kind} {act.target!r}"
 
 
@@ -188,7 +190,7 @@ def _pattern(pattern: object, address: str, source: str, line: int) -> str:
         _refuse(source, line, f'{address} is not text: a pattern is written like "tool:git.*", in quotes')
     kind, colon, target = pattern.partition(":")
     if not colon or kind not in _KINDS:
-        _refuse(source, line, f"{address} is {pattern!r}: a pattern begins with 'tool:' or 'model:'")
+        _refuse(source, line, f"{address} is {pattern!r}: a pattern begins with {_BEGINNINGS}")
     if not target:
         _refuse(source, line, f"{address} is {pattern!r}, which matches nothing: write '{kind}:*' for every {kind}")
     if odd := _ODD.search(pattern):

@@ -7,13 +7,13 @@ import inspect
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 
 from ferrum.cache import digest_of
 from ferrum.errors import AuthorError, Denied, SettingsError, StepError, StepTimeout, Unavailable
-from ferrum.governance.acts import Act, ModelCall, ModelReply, Reply, ToolCall, ToolReply
+from ferrum.governance.acts import Act, By, R
 from ferrum.governance.door import decide
 from ferrum.governance.policy import Decision, Effect
 from ferrum.inline.run import CHILDREN, RUN, Claim, Frames, Lost, Run, State, body_of, reads
@@ -22,7 +22,7 @@ from ferrum.loop import Blocking, Interrupted
 from ferrum.plan import PARAMS, Body, PlannedStep
 from ferrum.record import MAX_DEPTH, Verdict
 from ferrum.results import RunStatus, StepStatus, Usage
-from ferrum.settings import redact
+from ferrum.settings import redact, settings
 from ferrum.steps import Done, Health, Inside, Park, Skip
 from ferrum.workflow import Step
 
@@ -174,12 +174,7 @@ class Attempt:
     def report(self, target: str, *, ok: bool, latency_ms: float) -> None:
         self._world.shared.breaker.report(target, self._who, ok=ok, latency_ms=latency_ms, now=self._world.now())
 
-    @overload
-    async def perform(self, act: ModelCall) -> ModelReply: ...
-    @overload
-    async def perform(self, act: ToolCall) -> ToolReply: ...
-    async def perform(self, act: Act) -> Reply:
-        """Let the act happen, if it may: decided, recorded and reserved before it begins."""
+    async def perform(self, act: Act[R], /) -> R:
         decision = decide(act, self._world.policy, self._state.grants)
         spent = self._unsettled()
         self._run.admit(
@@ -193,7 +188,7 @@ class Attempt:
             raise self._ask(act, decision)
         return await self._do(act)
 
-    def _ask(self, act: Act, decision: Decision) -> Denied | Park:
+    def _ask(self, act: Act[Any], decision: Decision) -> Denied | Park:
         verdict = self._state.verdict
         if verdict is not None and self._state.bound == act.digest:
             if verdict.expired:
@@ -203,15 +198,16 @@ class Attempt:
         shown = act.model_dump(mode="json")
         return Park("ask", f"{act.kind} {act.target}: {decision.reason}", act=shown, bound=act.digest)
 
-    async def _do(self, act: Act) -> Reply:
-        actors = self._world.actors
-        if isinstance(act, ModelCall):
-            reply = await actors.model(act)
-            self._usage += reply.usage
-            return reply
-        # Counted whatever comes of it: the call was made.
-        self._usage += Usage(tool_calls=1)
-        return await actors.tool(act, self.idempotency_key)
+    async def _do(self, act: Act[R]) -> R:
+        self._usage += act.counts
+        reply = await self._world.actors.carry_out(
+            act, By(self.idempotency_key, settings().tenant, self._say, self.perform)
+        )
+        self._usage += reply.usage
+        return reply
+
+    def _say(self, stream: str, text: str) -> None:
+        self._run.say(self._claim, {"attempt": self.number, "stream": stream, "text": redact(text)})
 
     # What it needs for that.
 

@@ -245,6 +245,11 @@ class Run:
                 raise Lost
             state.reserved = wanted
 
+    def say(self, claim: Claim, data: Mapping[str, object]) -> None:
+        """What an attempt says while it runs. Raises `Lost`."""
+        self._held(claim)
+        self._emit("step.output", claim.step_id, data)
+
     def finish(
         self, claim: Claim, status: StepStatus, data: Mapping[str, object], *, output: str = "", usage: Usage,
         denied: str = "",

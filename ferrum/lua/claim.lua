@@ -1,5 +1,5 @@
 -- ARGV: run, step, token, worker, lease ms.
--- Returns {'run', plan, attempt, failed tries, verdict, bound, grants JSON, input, memory, signal envelope,
+-- Returns {'run', plan, attempt, failed tries, verdict, bound, grants JSON, input, memory, signal envelope, tenant,
 -- then (name, status, output)… of its needs and of what else it reads, items of frames among them},
 -- {'skipped', close, sends}, {'pass'} (ended before; its canvas may go on), {'close', 1, {}} (ended, but
 -- the run is not closed) or {'drop', why}.
@@ -67,14 +67,15 @@ end
 
 if not again then
   if state.same then state.same = nil else state.a = state.a + 1 end
-  state.s, state.k, state.w, state.t, state.q = 'running', token, ARGV[4], now, nil
+  state.s, state.k, state.w, state.t, state.q, state.j = 'running', token, ARGV[4], now, nil, nil
   save(step, state)
   emit('step.started', step, '{"attempt":' .. state.a .. ',"worker":' .. cjson.encode(ARGV[4]) .. '}')
 end
 redis.call('ZADD', leases_key, number(now + ARGV[5]), member(step) .. ' ' .. token)
 
-local reply = { 'run', redis.call('HGET', run_key, 'plan'), state.a, state.f or 0, state.v or '', state.b or '',
-  state.g and cjson.encode(state.g) or '[]', '', state.m or '', state.h or '' }
+local of_run = redis.call('HMGET', run_key, 'plan', 'tenant')
+local reply = { 'run', of_run[1], state.a, state.f or 0, state.v or '', state.b or '',
+  state.g and cjson.encode(state.g) or '[]', '', state.m or '', state.h or '', of_run[2] }
 if here.i == 1 then reply[8] = carried(redis.call('HGET', run_key, 'input')) end
 local function add(name, how, output)
   reply[#reply + 1] = name

@@ -40,9 +40,8 @@ if ARGV[14] ~= '' then
   redis.call('HSET', run_key, 'up', ARGV[14], 'depth', depth)
   local parent, step = string.match(ARGV[14], '^(%S+) (%S+)$')
   redis.call('SADD', base .. ':inner:' .. parent, step .. ' ' .. run_id)
-else
-  redis.call('HSET', run_key, 'tenant', ARGV[17])
 end
+redis.call('HSET', run_key, 'tenant', ARGV[17])
 redis.call('HSET', run_key, 'input', emit('run.created', '', ARGV[11], ARGV[10]))
 redis.call('ZADD', runs_key, number(now), run_id)
 redis.call('SADD', base .. ':live', run_id)

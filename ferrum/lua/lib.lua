@@ -8,7 +8,8 @@
 --   c the failed step that made it be skipped                      r what it has reserved of the budget
 --   p kind of what it waits for         v what was decided, JSON   b digest of the act that a person is asked about
 --   g digests of the acts a person approved
---   q acts decided in this claim        o the limit that one of them would have passed
+--   q acts decided in this claim        j pieces that it said in this claim
+--   o the limit that one of its acts would have passed
 --   y 1 when it failed and may          m what it asked to be told again, JSON
 --   z the frames that it waits for      u the run that it waits for  h the signal that came for it, an envelope
 --   same 1 when the next claim goes on with the same attempt
@@ -203,7 +204,7 @@ local function really_end(status, data, output)
   emit('run.ended', '', data, output)
   redis.call('SREM', base .. ':live', run_id)
   local keep, up, tenant = unpack(redis.call('HMGET', run_key, 'keep', 'up', 'tenant'))
-  if tenant and redis.call('HINCRBY', tenants_key, tenant, -1) <= 0 then redis.call('HDEL', tenants_key, tenant) end
+  if not up and redis.call('HINCRBY', tenants_key, tenant, -1) <= 0 then redis.call('HDEL', tenants_key, tenant) end
   for _, key in ipairs({ run_key, steps_key, events_key, parked_key, open_key, undo_key, inner_key }) do
     redis.call('PEXPIRE', key, keep)
   end

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 from pydantic import JsonValue
 
-from ferrum.governance.acts import Act, ModelCall, ModelReply, ToolCall, ToolReply
+from ferrum.governance.acts import Act, By, ModelCall, ModelReply, R, Reply, ToolCall, ToolReply
 from ferrum.results import Usage
 
-#: What comes of an act: a value, an error that is raised, or a coroutine function that is given the act.
-Say = JsonValue | Exception | Callable[[Act], Awaitable[JsonValue]]
+#: What comes of an act: what a model or a tool returns, the whole reply, an error that is raised, or a coroutine
+#: function that is given the act.
+Say = JsonValue | Reply | Exception | Callable[[Act[Any]], Awaitable[JsonValue | Reply]]
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
     """One act that was carried out."""
 
-    act: Act
+    act: Act[Any]
     #: Empty for a model call.
     idempotency_key: str = ""
 
@@ -45,19 +47,19 @@ class ScriptedActors:
     def warm(self) -> None:
         """Nothing to import."""
 
-    def estimate(self, act: Act) -> Usage:
-        return self.costs if isinstance(act, ModelCall) else Usage(tool_calls=1)
+    def estimate(self, act: Act[Any]) -> Usage:
+        return self.costs if isinstance(act, ModelCall) else act.counts
 
-    async def model(self, call: ModelCall) -> ModelReply:
-        self.done.append(Done(call))
-        text = await self._next(call)
-        return ModelReply(text=str(text), model=call.model, finish_reason="stop", usage=self.costs)
+    async def carry_out(self, act: Act[R], by: By) -> R:
+        self.done.append(Done(act, "" if isinstance(act, ModelCall) else by.idempotency_key))
+        said = await self._next(act)
+        if isinstance(act, ModelCall):
+            said = ModelReply(text=str(said), model=act.model, finish_reason="stop", usage=self.costs)
+        elif isinstance(act, ToolCall):
+            said = ToolReply(output=said)
+        return cast("R", said)
 
-    async def tool(self, call: ToolCall, idempotency_key: str) -> ToolReply:
-        self.done.append(Done(call, idempotency_key))
-        return ToolReply(output=await self._next(call))
-
-    async def _next(self, act: Act) -> JsonValue:
+    async def _next(self, act: Act[Any]) -> JsonValue | Reply:
         said = self._said[act.target]
         if not said:
             raise LookupError(f"nothing was said about {act.target!r}")

@@ -17,7 +17,7 @@ from pydantic import JsonValue
 from ferrum.artifacts import Artifacts
 from ferrum.events import Event
 from ferrum.executor import Actors
-from ferrum.governance.acts import Act, ModelCall, ModelReply, ToolCall, ToolReply
+from ferrum.governance.acts import Act, By, R
 from ferrum.governance.policy import Policy
 from ferrum.inline import (
     Ask,
@@ -138,14 +138,11 @@ class _Real:
     def warm(self) -> None:
         self._actors().warm()
 
-    def estimate(self, act: Act) -> Usage:
+    def estimate(self, act: Act[Any]) -> Usage:
         return self._actors().estimate(act)
 
-    async def model(self, call: ModelCall) -> ModelReply:
-        return await self._actors().model(call)
-
-    async def tool(self, call: ToolCall, idempotency_key: str) -> ToolReply:
-        return await self._actors().tool(call, idempotency_key)
+    async def carry_out(self, act: Act[R], by: By) -> R:
+        return await self._actors().carry_out(act, by)
 
     async def aclose(self) -> None:
         if self._made is not None:
