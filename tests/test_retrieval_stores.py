@@ -55,7 +55,24 @@ def open_store(kind: str, request: pytest.FixtureRequest, folders: pytest.TempPa
         case _:
             from ferrum.retrieval.qdrant import QdrantStore
 
-            return QdrantStore(":memory:")
+            store = QdrantStore(":memory:")
+            store._opened = OneAtATime(store._open())  # type: ignore[assignment]
+            return store
+
+
+class OneAtATime:
+    """Qdrant's client in this process, which two threads break that use it at once: as a server it takes turns."""
+
+    def __init__(self, client: object) -> None:
+        self._client = client
+        self._turn = threading.Lock()
+
+    def __getattr__(self, name: str) -> object:
+        def call(*args: object, **options: object) -> object:
+            with self._turn:
+                return getattr(self._client, name)(*args, **options)
+
+        return call
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -169,6 +186,18 @@ def test_tenants_have_indexes_of_the_same_name_and_never_see_each_others(store: 
     assert [index.tenant for index in store.indexes("eve")] == []
 
 
+def test_tenants_may_be_called_anything(store: Store) -> None:
+    tenants = ["default", "Default", "a/b", "../default", "..", ".", "a" * 100, "ünï", "%2e", "a b", "' OR"]
+    for tenant in tenants:
+        index = Index(id=uuid.uuid4().hex, tenant=tenant, name="docs", embedding="e", dimension=4, created_at=1)
+        store.create(index)
+        store.put(index, [update("a.md", piece(f"of {tenant}", EAST))])
+    for tenant in tenants:
+        [index] = store.indexes(tenant)
+        assert near(store, index, EAST) == [f"of {tenant}"]
+        store.drop(index)
+
+
 def test_who_knows_another_tenants_index_by_its_id_gets_nothing(store: Store) -> None:
     mine = new_index(store, tenant="ada")
     store.put(mine, [update("a.md", piece("the secret of ada", EAST))])
@@ -252,6 +281,16 @@ def test_a_source_consists_of_what_was_put_last(store: Store) -> None:
     assert store.counts(index).chunks == 2
     source = store.sources(index)["a.md"]
     assert (source.metadata, source.origin) == ({"v": 2}, "elsewhere")
+
+
+def test_a_put_that_fails_changes_nothing(store: Store) -> None:
+    index = new_index(store)
+    store.put(index, [update("a.md", piece("first", EAST))])
+    broken = Chunk("bad", "bad", "bad", {"line": object()}, EAST)  # type: ignore[dict-item]
+    with pytest.raises(TypeError):
+        store.put(index, [update("a.md", piece("second", EAST)), update("b.md", piece("fine", EAST), broken)])
+    assert near(store, index, EAST) == ["first"]
+    assert words(store, index, "second fine") == []
 
 
 def test_a_filter_sees_the_metadata_of_the_last_put(store: Store) -> None:
@@ -387,11 +426,20 @@ def test_words_are_found_whatever_their_case_their_accents_and_what_is_around_th
         assert words(store, index, query) == ["Der Übermut (os.path.join) tut_selten gut."]
 
 
-def test_a_plural_is_the_same_word(store: Store) -> None:
+def test_other_endings_make_no_other_word(store: Store) -> None:
     index = new_index(store, dimension=None, embedding=TEXT_ONLY)
-    store.put(index, [update("a.md", piece("two parsers")), update("b.md", piece("a lexer"))])
+    store.put(index, [update("a.md", piece("two parsers")), update("b.md", piece("lexing a text"))])
     assert words(store, index, "parser") == ["two parsers"]
-    assert words(store, index, "lexers") == ["a lexer"]
+    assert words(store, index, "lexes") == ["lexing a text"]
+
+
+def test_the_parts_of_a_name_and_of_a_text_without_spaces_are_words(store: Store) -> None:
+    index = new_index(store, dimension=None, embedding=TEXT_ONLY)
+    store.put(
+        index, [update("a.md", piece("def parseHttpRequest(raw_body)")), update("b.md", piece("全文検索は便利です"))]
+    )
+    assert words(store, index, "http") == words(store, index, "bodies") == ["def parseHttpRequest(raw_body)"]
+    assert words(store, index, "検索") == ["全文検索は便利です"]
 
 
 def test_a_rare_word_weighs_more_than_a_common_one(store: Store) -> None:

@@ -13,10 +13,9 @@ import hashlib
 import json
 import math
 import os
-import re
 import threading
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, LiteralString, TypeAlias
 
@@ -35,6 +34,7 @@ from ferrum.retrieval.store import (
     Vector,
     facts,
 )
+from ferrum.retrieval.words import asked, words
 
 if TYPE_CHECKING:
     from psycopg import Connection, Cursor
@@ -133,9 +133,16 @@ class PgvectorStore(Store):
     def create(self, index: Index) -> None:
         with self._transaction() as cursor:
             cursor.execute(
-                "INSERT INTO ferrum_retrieval.indexes (id, tenant, name, embedding, created_at)"
-                " VALUES (%s, %s, %s, %s, %s) ON CONFLICT (tenant, name) DO NOTHING RETURNING key",
-                [index.id, _kept(index.tenant), _kept(index.name), _kept(index.embedding), index.created_at],
+                "INSERT INTO ferrum_retrieval.indexes (id, tenant, name, embedding, dimension, created_at)"
+                " VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT (tenant, name) DO NOTHING RETURNING key",
+                [
+                    index.id,
+                    _kept(index.tenant),
+                    _kept(index.name),
+                    _kept(index.embedding),
+                    index.dimension,
+                    index.created_at,
+                ],
             )
             row = cursor.fetchone()
             if row is None:
@@ -244,7 +251,7 @@ class PgvectorStore(Store):
             key = _key(cursor, index)
             if not _has_vectors(cursor, key):
                 return []
-            asked = {"vector": _written(vector), "limit": limit}
+            values = {"vector": _written(vector), "limit": limit}
             some = _filter(clauses)
             nearest = _sql(
                 "SELECT id, -(vector <#> %(vector)s::vector) FROM {chunks} WHERE vector IS NOT NULL{some}"
@@ -252,7 +259,7 @@ class PgvectorStore(Store):
                 key,
                 some=some,
             )
-            hits = _hits(cursor.execute(nearest, asked))
+            hits = _hits(cursor.execute(nearest, values))
             if len(hits) < limit and clauses:
                 # HNSW gives up when a filter has refused so many; then those that it lets through are few.
                 exact = _sql(
@@ -262,13 +269,13 @@ class PgvectorStore(Store):
                     key,
                     some=some,
                 )
-                hits = _hits(cursor.execute(exact, asked))
+                hits = _hits(cursor.execute(exact, values))
             return hits
 
     def by_text(self, index: Index, query: str, limit: int, clauses: Clauses = ()) -> list[Hit]:
         with self._transaction() as cursor:
             key = _key(cursor, index)
-            terms = _terms(cursor, key, _words(query))
+            terms = _terms(cursor, key, _joined(asked(query)))
             if not terms:
                 return []
             # Only the query's own words are taken apart (those that weigh `A`), not all of each chunk.
@@ -286,14 +293,14 @@ class PgvectorStore(Store):
                 b=_B,
                 some=_filter(clauses),
             )
-            asked = {
+            values = {
                 "terms": list(terms),
                 "weights": list(terms.values()),
                 # Letters and digits, so that quoting them is all.
                 "any": " | ".join(f"'{lexeme}'" for lexeme in terms),
                 "limit": limit,
             }
-            return _hits(cursor.execute(ranked, asked))
+            return _hits(cursor.execute(ranked, values))
 
     def fetch(self, index: Index, ids: Sequence[ChunkId], *, vectors: bool = False) -> list[Found]:
         from psycopg.sql import SQL
@@ -347,8 +354,8 @@ class PgvectorStore(Store):
         except psycopg.errors.UndefinedTable as error:
             raise NotFound("the index was dropped just now") from error
         except PoolTimeout as error:
-            asked = f"is it up, and are {self._connections} enough?"
-            raise self._unavailable(f"no connection within {_TIMEOUT_S:g} s; {asked}") from error
+            remedy = f"is it up, and are {self._connections} enough?"
+            raise self._unavailable(f"no connection within {_TIMEOUT_S:g} s; {remedy}") from error
         except psycopg.Error as error:
             raise self._unavailable(str(error).strip().partition("\n")[0] or type(error).__name__) from error
 
@@ -515,20 +522,20 @@ def _count(cursor: Rows, key: int, chunks: int, length: int) -> None:
 
 
 def _row(source_id: int, chunk: Chunk, facts: Sequence[str]) -> dict[str, object]:
-    words = _words(chunk.subject)
+    joined = _joined(words(chunk.subject))
     return {
         "source_id": source_id,
         "text": _kept(chunk.text),
         "digest": chunk.digest,
         "position": json.dumps(dict(chunk.position)),
         "facts": facts,
-        "length": words.count(" ") + 1,
-        "words": words,
+        "length": joined.count(" ") + 1,
+        "words": joined,
         "vector": None if chunk.vector is None else _written(chunk.vector),
     }
 
 
-def _terms(cursor: Rows, key: int, words: str) -> dict[str, float]:
+def _terms(cursor: Rows, key: int, joined: str) -> dict[str, float]:
     """The words to look for, each with its weight: the rarer, the heavier."""
     cursor.execute(
         _sql(
@@ -538,7 +545,7 @@ def _terms(cursor: Rows, key: int, words: str) -> dict[str, float]:
             key,
             key=key,
         ),
-        [words],
+        [joined],
     )
     held = [(lexeme, chunks, count) for lexeme, chunks, count in cursor if chunks]
     rare = [term for term in held if term[2] < _MANY or term[1] * 4 <= term[2]]
@@ -566,10 +573,10 @@ def _one(cursor: Rows) -> TupleRow:
     return row
 
 
-def _words(text: str) -> str:
-    """Words of letters and digits alone, in lower case and without accents, so that none is syntax."""
-    plain = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
-    return re.sub(r"[\W_]+", " ", plain.casefold()).strip()
+def _joined(words: Iterable[str]) -> str:
+    """Words of letters and digits alone, in lower case and without accents, so that nothing in them is syntax."""
+    plain = unicodedata.normalize("NFKD", " ".join(words).casefold())
+    return "".join(letter for letter in plain if not unicodedata.combining(letter))
 
 
 def _written(vector: Vector) -> str:

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import threading
 import time
 import unicodedata
 import uuid
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b, sha256
 from typing import TYPE_CHECKING, Any, Final
@@ -41,6 +40,7 @@ from ferrum.retrieval.store import (
     Vector,
     facts,
 )
+from ferrum.retrieval.words import asked, words
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient, models
@@ -204,11 +204,11 @@ class QdrantStore(Store):
         from qdrant_client import models
 
         with self._client() as client:
-            words = sorted({_number(word) for word in _split(query)})
-            if not _has_chunks(self._known(client, index)) or not words:
+            numbers = sorted(set(_numbers(asked(query))))
+            if not _has_chunks(self._known(client, index)) or not numbers:
                 return []
-            asked = models.SparseVector(indices=words, values=[1.0] * len(words))
-            return self._nearest(client, index, asked, using=_WORDS, limit=limit, clauses=clauses)
+            sparse = models.SparseVector(indices=numbers, values=[1.0] * len(numbers))
+            return self._nearest(client, index, sparse, using=_WORDS, limit=limit, clauses=clauses)
 
     def fetch(self, index: Index, ids: Sequence[ChunkId], *, vectors: bool = False) -> list[Found]:
         with self._client() as client:
@@ -257,13 +257,13 @@ class QdrantStore(Store):
         return _index(_payload(found))
 
     def _nearest(
-        self, client: QdrantClient, index: Index, asked: Any, *, using: str, limit: int, clauses: Clauses
+        self, client: QdrantClient, index: Index, query: Any, *, using: str, limit: int, clauses: Clauses
     ) -> list[Hit]:
         where = _where(index.tenant, clauses)
         wanted = limit
         while True:
             points = client.query_points(
-                _chunks(index), query=asked, using=using, query_filter=where, limit=wanted,
+                _chunks(index), query=query, using=using, query_filter=where, limit=wanted,
                 with_payload=["source", "revision"],
             ).points  # fmt: skip
             records = self._records_of(client, index, points)
@@ -340,10 +340,10 @@ def _make_catalog(client: QdrantClient) -> None:
 def _make_chunks(client: QdrantClient, index: Index, dimension: int | None) -> None:
     from qdrant_client import models
 
-    words = {_WORDS: models.SparseVectorParams(modifier=models.Modifier.IDF)}
+    sparse = {_WORDS: models.SparseVectorParams(modifier=models.Modifier.IDF)}
     # By dot product, which for vectors of length 1 is the cosine and for those of length 0 is something, too.
     meaning = {_MEANING: models.VectorParams(size=dimension, distance=models.Distance.DOT)} if dimension else {}
-    _make(client, _chunks(index), meaning, words, ["facts", "source", "digest", "revision"])
+    _make(client, _chunks(index), meaning, sparse, ["facts", "source", "digest", "revision"])
 
 
 def _make(client: QdrantClient, name: str, vectors: Any, sparse: Any, fields: Sequence[str]) -> None:
@@ -388,8 +388,8 @@ def _chunk_point(
 ) -> models.PointStruct:
     from qdrant_client import models
 
-    words = _weights(chunk.subject)
-    vector: dict[str, Any] = {_WORDS: models.SparseVector(indices=list(words), values=list(words.values()))}
+    weights = _weights(chunk.subject)
+    vector: dict[str, Any] = {_WORDS: models.SparseVector(indices=list(weights), values=list(weights.values()))}
     if chunk.vector is not None:
         vector[_MEANING] = chunk.vector.tolist()
     payload = {
@@ -409,8 +409,8 @@ def _chunk_point(
 def _where(tenant: str, clauses: Clauses = (), **fields: list[str]) -> models.Filter:
     from qdrant_client import models
 
-    asked = [("facts", [_sha256(fact) for fact in clause]) for clause in clauses]
-    return models.Filter(must=[_any(key, values) for key, values in [("tenant", [tenant]), *asked, *fields.items()]])
+    filters = [("facts", [_sha256(fact) for fact in clause]) for clause in clauses]
+    return models.Filter(must=[_any(key, values) for key, values in [("tenant", [tenant]), *filters, *fields.items()]])
 
 
 def _any(key: str, values: list[str]) -> models.FieldCondition:
@@ -448,21 +448,22 @@ def _vector(point: Any) -> Vector:
     return numpy.array(point.vector[_MEANING], dtype=numpy.float32)
 
 
-def _split(text: str) -> list[str]:
-    """Words of letters and digits alone, in lower case, without accents and the `s` of a plural."""
-    plain = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
-    return [re.sub(r"(?<=[a-z]{2}[^su])s$", "", word) for word in re.split(r"[\W_]+", plain.casefold()) if word]
+def _numbers(words: Iterable[str]) -> list[int]:
+    """What stands for each word in a sparse vector: its stem, in lower case and without accents, as 32 bits."""
+    plain = unicodedata.normalize("NFKD", " ".join(words).casefold())
+    plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
+    import snowballstemmer
+
+    # Made anew each time: a stemmer has a state, and threads share it.
+    stems = snowballstemmer.stemmer("english").stemWords(plain.split())
+    return [int.from_bytes(blake2b(stem.encode(), digest_size=4).digest()) for stem in stems]
 
 
 def _weights(text: str) -> dict[int, float]:
     """How much each word says of this text, which is BM25 without how rare the word is elsewhere."""
-    words = Counter(map(_number, _split(text)))
-    length = _K1 * (1 - _B + _B * words.total() / _USUAL_LENGTH)
-    return {word: count * (_K1 + 1) / (count + length) for word, count in words.items()}
-
-
-def _number(word: str) -> int:
-    return int.from_bytes(blake2b(word.encode(), digest_size=4).digest())
+    found = Counter(_numbers(words(text)))
+    length = _K1 * (1 - _B + _B * found.total() / _USUAL_LENGTH)
+    return {number: count * (_K1 + 1) / (count + length) for number, count in found.items()}
 
 
 def _sha256(text: str) -> str:
