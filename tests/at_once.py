@@ -165,9 +165,6 @@ def _lead() -> None:
     # So that no child has to.
     import psycopg_pool  # noqa: F401
 
-    import ferrum.retrieval.pgvector
-    import ferrum.retrieval.sqlite
-
     # Nobody waits for the children.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     children = []

@@ -7,6 +7,7 @@ client runs in this process for tests: the same requests, answered by Python.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import JsonValue
 
-from ferrum.errors import Conflict, NotFound
+from ferrum.errors import Conflict, NotFound, SettingsError
+from ferrum.retrieval.indexes import open_store as open_named
 from ferrum.retrieval.store import (
     TEXT_ONLY,
     Chunk,
@@ -29,6 +31,9 @@ from ferrum.retrieval.store import (
     Vector,
     clauses,
 )
+from ferrum.settings import read, redact
+from ferrum.settings import settings as ferrum_settings
+from ferrum.testing.environment import environment
 
 pytestmark = pytest.mark.filterwarnings("ignore:Payload indexes have no effect in the local Qdrant")
 
@@ -573,3 +578,42 @@ def test_after_any_changes_the_index_holds_what_a_dict_would(
     counts = store.counts(index)
     assert (counts.sources, counts.chunks) == (len(kept), len(expected))
     store.drop(index)
+
+
+# Which one it is.
+
+
+@pytest.mark.parametrize(
+    ("url", "kind", "address"),
+    [
+        ("postgresql://ada:pw@db/ferrum", "PgvectorStore", "postgresql://ada:pw@db/ferrum"),
+        ("qdrant+https://:a%2Fb@qdrant.example:6333", "QdrantStore", "https://qdrant.example:6333"),
+        ("qdrant+http://localhost:6333/prefix", "QdrantStore", "http://localhost:6333/prefix"),
+    ],
+)
+def test_the_settings_name_the_store(url: str, kind: str, address: str) -> None:
+    store = open_named(read({"FERRUM_INDEXES": url}))
+    assert (type(store).__name__, store._url) == (kind, address)  # type: ignore[attr-defined]
+    assert getattr(store, "_api_key", None) == ("a/b" if "a%2Fb" in url else None)
+
+
+def test_a_url_of_no_store_is_refused_without_its_password() -> None:
+    for url in ("mysql://ada:pw12345@db/x", "qdrant+http://", "file://host/x"):
+        with pytest.raises(SettingsError, match="which is no store") as caught:
+            open_named(read({"FERRUM_INDEXES": url}))
+        assert "pw12345" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "extra"), [("postgresql://ada@db/x", "pgvector"), ("qdrant+http://localhost", "qdrant")]
+)
+def test_a_store_that_is_not_installed_says_how_to(url: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=rf"pip install 'ferrum\[{extra}\]'"):
+        open_named(read({"FERRUM_INDEXES": url}))
+
+
+def test_the_password_of_the_indexes_is_a_secret() -> None:
+    with environment({"FERRUM_INDEXES": "postgresql://ada:pw12345@db/x"}):
+        assert redact("it says pw12345") == "it says ***"
+        assert "pw12345" not in repr(ferrum_settings())

@@ -39,10 +39,15 @@ def words(text: str) -> Iterator[str]:
             yield from parts
 
 
+def telling(text: str) -> list[str]:
+    """The words of a text in order and in small letters: without the commonest, unless there are no others."""
+    folded = [word.casefold() for word in words(text)]
+    return [word for word in folded if word not in _COMMON] or folded
+
+
 def asked(query: str) -> list[str]:
-    """The words that a query looks for, each once: without the commonest, unless there are no others."""
-    unique = list(dict.fromkeys(word.casefold() for word in words(query)))
-    return ([word for word in unique if word not in _COMMON] or unique)[:MOST_ASKED]
+    """The words that a query looks for, each once."""
+    return list(dict.fromkeys(telling(query)))[:MOST_ASKED]
 
 
 def _pairs(word: str) -> Iterator[str]:
