@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import Any, Final, cast
 
 from ferrum.artifacts import Ref, process_artifacts
-from ferrum.errors import NotFound
 from ferrum.governance.acts import (
     Act,
     By,
@@ -88,22 +87,19 @@ class LiveActors:
         return Indexes.of(self._settings)
 
     async def _ingest(self, act: Ingest, by: By) -> IngestReply:
-        await asyncio.to_thread(self._ensure, by.tenant, act)
+        default = embedders.default(self._settings, os.environ)
+        index = await asyncio.to_thread(self._indexes.ensure, by.tenant, act.index, act.embedding, default)
         originals = [Original(one.source, one.text, one.metadata, origin=_STEP) for one in act.documents]
         added = await self._indexes.add(by.tenant, act.index, originals, embed=_embedder(by), prune=act.prune)
+        counts = await asyncio.to_thread(self._indexes.store.counts, index)
         return IngestReply(
+            added=added.added,
             updated=added.updated,
             unchanged=added.unchanged,
-            pruned=added.pruned,
-            chunks=added.chunks,
+            removed=added.removed,
             embedded=added.embedded,
+            chunks=counts.chunks,
         )
-
-    def _ensure(self, tenant: str, act: Ingest) -> None:
-        try:
-            self._indexes.ensure(tenant, act.index, act.embedding)
-        except NotFound:
-            self._indexes.ensure(tenant, act.index, embedders.default(self._settings, os.environ))
 
     async def aclose(self) -> None:
         """End every session, connection and sandbox."""
