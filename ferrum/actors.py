@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Final, cast
+from typing import Any, cast
 
 from ferrum.artifacts import Ref, process_artifacts
 from ferrum.governance.acts import (
@@ -20,7 +20,6 @@ from ferrum.governance.acts import (
     CodeRun,
     Embedding,
     Ingest,
-    IngestReply,
     InputFile,
     ModelCall,
     R,
@@ -33,13 +32,9 @@ from ferrum.mcp.specs import load_servers
 from ferrum.models import calls, embeddings, prices
 from ferrum.results import Usage
 from ferrum.retrieval import embedders
-from ferrum.retrieval.documents import Original
 from ferrum.retrieval.indexes import Embed, Indexes
 from ferrum.sandbox.here import sandboxes
 from ferrum.settings import Settings
-
-#: Where documents are from that a step gave; they are pruned together.
-_STEP: Final = "step"
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +72,8 @@ class LiveActors:
             case Search():
                 reply = await self._indexes.search(by.tenant, act, embed=_embedder(by))
             case Ingest():
-                reply = await self._ingest(act, by)
+                default = embedders.default(self._settings, os.environ)
+                reply = await self._indexes.ingest(by.tenant, act, embed=_embedder(by), default=default)
             case _:
                 raise NotImplementedError(f"nobody carries out {act.kind} acts")
         return cast("R", reply)
@@ -85,21 +81,6 @@ class LiveActors:
     @cached_property
     def _indexes(self) -> Indexes:
         return Indexes.of(self._settings)
-
-    async def _ingest(self, act: Ingest, by: By) -> IngestReply:
-        default = embedders.default(self._settings, os.environ)
-        index = await asyncio.to_thread(self._indexes.ensure, by.tenant, act.index, act.embedding, default)
-        originals = [Original(one.source, one.text, one.metadata, origin=_STEP) for one in act.documents]
-        added = await self._indexes.add(by.tenant, act.index, originals, embed=_embedder(by), prune=act.prune)
-        counts = await asyncio.to_thread(self._indexes.store.counts, index)
-        return IngestReply(
-            added=added.added,
-            updated=added.updated,
-            unchanged=added.unchanged,
-            removed=added.removed,
-            embedded=added.embedded,
-            chunks=counts.chunks,
-        )
 
     async def aclose(self) -> None:
         """End every session, connection and sandbox."""

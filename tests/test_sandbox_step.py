@@ -146,7 +146,7 @@ def test_a_person_is_asked_about_the_very_code(fleet: Fleet) -> None:
     ferrum.decide(run_id, "s", approved=True, by="ada")
     # What is missing is said once it may run.
     assert ended(run_id).status is RunStatus.FAILED
-    assert "there is no runtime 'asked' here" in str(record().state(run_id).step("s").error)
+    assert "there is no runtime 'asked'" in str(record().state(run_id).step("s").error)
 
 
 def test_nothing_of_the_worker_is_in_the_environment_of_code(fleet: Fleet) -> None:

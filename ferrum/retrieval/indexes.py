@@ -163,6 +163,7 @@ class Indexes:
             updated=done.updated,
             unchanged=done.unchanged,
             removed=done.removed,
+            embedded=done.embedded,
             chunks=counts.chunks,
         )
 
