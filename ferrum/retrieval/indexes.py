@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
@@ -165,6 +166,7 @@ class Indexes:
             updated=done.updated,
             unchanged=done.unchanged,
             removed=done.removed,
+            embedded=done.embedded,
             chunks=counts.chunks,
         )
 
@@ -193,14 +195,35 @@ class Indexes:
 
 def open_store(settings: Settings) -> Store:
     """The store of `FERRUM_INDEXES`. Raises `SettingsError`."""
-    url = settings.indexes
-    if url is None:
+    if settings.indexes is None:
         return _directory(settings.home / "indexes")
+    url = settings.indexes.get_secret_value()
     parts = urlsplit(url)
-    if parts.scheme == "file" and not parts.netloc and parts.path.startswith("/"):
-        return _directory(Path(unquote(parts.path)))
+    match parts.scheme:
+        case "file" if not parts.netloc and parts.path.startswith("/"):
+            return _directory(Path(unquote(parts.path)))
+        case "postgresql" | "postgres":
+            _need("psycopg_pool", "pgvector")
+            from ferrum.retrieval.pgvector import PgvectorStore
+
+            return PgvectorStore(url)
+        case "qdrant+http" | "qdrant+https" if parts.hostname:
+            _need("qdrant_client", "qdrant")
+            from ferrum.retrieval.qdrant import QdrantStore
+
+            host = parts.netloc.rpartition("@")[2]
+            address = f"{parts.scheme.removeprefix('qdrant+')}://{host}{parts.path}"
+            return QdrantStore(address, api_key=unquote(parts.password) if parts.password else None)
     # The rest is not shown: it may hold a password.
-    raise SettingsError(f"FERRUM_INDEXES begins with {parts.scheme + '://'!r}, which is no store: write file:///path")
+    raise SettingsError(
+        f"FERRUM_INDEXES begins with {parts.scheme + '://'!r}, which is no store: write file:///path, "
+        "postgresql://user:password@host/database, or qdrant+https://:key@host:6333"
+    )
+
+
+def _need(module: str, extra: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise SettingsError(f"FERRUM_INDEXES needs what is not installed: type pip install 'ferrum[{extra}]'")
 
 
 def _directory(path: Path) -> Store:
