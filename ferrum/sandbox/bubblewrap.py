@@ -17,8 +17,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,21 +113,22 @@ class Bubblewrap(Backend):
                 closing.callback(os.close, descriptor)
             command = [self._executable(), *self.arguments(box, files, info_end), "--", *program.command(box.runtime)]
             try:
-                process = subprocess.Popen(  # noqa: S603
-                    command,
-                    # `--clearenv` is for what runs inside; this is for what can be read of bwrap itself.
-                    env={},
-                    stdin=to_init,
-                    stdout=from_init,
-                    stderr=errors_end,
-                    pass_fds=(info_end, *files.descriptors),
-                    cwd="/",
-                    start_new_session=True,
-                    # Never with the host's uid 0 inside: the kernel lets it write to files of /proc, without limits.
-                    user=None if user is None else user.uid,
-                    group=None if user is None else user.uid,
-                    extra_groups=None if user is None else [],
-                )
+                with _no_core_dumps():
+                    process = subprocess.Popen(  # noqa: S603
+                        command,
+                        # `--clearenv` is for what runs inside; this is for what can be read of bwrap itself.
+                        env={},
+                        stdin=to_init,
+                        stdout=from_init,
+                        stderr=errors_end,
+                        pass_fds=(info_end, *files.descriptors),
+                        cwd="/",
+                        start_new_session=True,
+                        # Never with the host's uid 0 inside: the kernel lets it write to files of /proc, without limits.
+                        user=None if user is None else user.uid,
+                        group=None if user is None else user.uid,
+                        extra_groups=None if user is None else [],
+                    )
             except (OSError, subprocess.SubprocessError) as error:
                 raise Missing(f"bwrap cannot be started: {error}") from error
             kept.pop_all()
@@ -303,6 +304,20 @@ class User:
         self._lock.close()
 
 
+@contextmanager
+def _no_core_dumps() -> Iterator[None]:
+    """See `job.limits`. What is started now has this limit, and the filter does not let it have another one.
+
+    Where the machine's own limit is 0 it stays 0.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (1 if hard else 0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
+
+
 @dataclass(frozen=True, slots=True)
 class _Ends:
     """Our ends of its pipes."""
@@ -338,9 +353,6 @@ class _Cell(Cell):
         if problem:
             self.kill()
             raise Unconfined(f"a sandbox was killed before it ran anything: {problem}")
-        with suppress(PermissionError):
-            # See `job.limits`. An ordinary user may not raise it from 0, where that is the machine's limit.
-            resource.prlimit(pid, resource.RLIMIT_CORE, (1, 1))
         if self._cgroup is not None:
             self._cgroup.add(pid)
 

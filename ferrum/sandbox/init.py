@@ -539,7 +539,7 @@ class _Watch:
             used += (held.f_blocks - held.f_bfree) * held.f_frsize
             inodes += held.f_files - held.f_ffree
             self._full = self._full or held.f_bfree == 0
-        return used > self._job["disk"] or inodes > self._job["inodes"]
+        return bool(used > self._job["disk"] or inodes > self._job["inodes"])
 
 
 def _areas() -> list[str]:

@@ -53,7 +53,8 @@ class Reach:
         except PermissionError as error:
             raise Missing(
                 f"sandboxes of a root worker run as user {uid}, who cannot get to {str(path)!r} because "
-                f"{str(closed)!r} is closed to others: run the worker as an ordinary user, or with a Python that is installed for all"
+                f"{str(closed)!r} is closed to others: run the worker as an ordinary user, or with a Python that is "
+                "installed for all"
             ) from error
 
 
