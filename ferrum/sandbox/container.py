@@ -358,6 +358,6 @@ def _explained(words: str) -> str:
         return "podman cannot run rootless here: apt install uidmap, and add this user to /etc/subuid and /etc/subgid"
     if "hybrid mode" in words:
         return "crun does not know this machine's cgroups: apt install runc && apt remove crun"
-    if "docker daemon" in words:
+    if "Docker daemon" in words:
         return "start the docker daemon, and let this user use it: usermod -aG docker USER"
     return ""
