@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import hashlib
 import inspect
 import math
 import re
+import statistics
 import sys
 import sysconfig
+import uuid
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import yaml
+
+from ferrum.governance.acts import Search
+from ferrum.retrieval.cutting import Cutting
+from ferrum.retrieval.documents import Original
+from ferrum.retrieval.indexes import Indexes
+from ferrum.retrieval.store import Store
+
+Mode: TypeAlias = Literal["hybrid", "vector", "text"]
 
 CORPORA = Path(__file__).parent / "corpora"
 
@@ -133,3 +145,40 @@ def _in_module(module: str) -> Iterator[tuple[str, str]]:
         said = inspect.getdoc(member)
         if said and not name.startswith("_") and (inspect.isclass(member) or inspect.isroutine(member)):
             yield f"{module}.{name}", f"# {module}.{name}\n\n{said}"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a search did, as means over queries."""
+
+    queries: int
+    recall: float
+    ndcg: float
+
+
+def indexed(store: Store, corpus: Corpus, embedding: str) -> str:
+    """The name of a new index of tenant `judge` that holds the corpus."""
+    indexes, name = Indexes(store), f"judged-{uuid.uuid4().hex}"
+    indexes.create("judge", name, embedding)
+    # Whole documents, as far as they have no headings within: what is judged is the search, and not how they are cut.
+    originals = [Original(f"{title}.md", text) for title, text in corpus.documents.items()]
+    asyncio.run(indexes.add("judge", name, originals, cutting=Cutting(max_chars=20_000)))
+    return name
+
+
+def judge(store: Store, name: str, queries: Sequence[Query], mode: Mode, *, k: int = 10) -> Quality:
+    """How well an index answers these queries, by recall and nDCG of the first `k` documents."""
+
+    async def ask() -> list[list[str]]:
+        indexes = Indexes(store)
+        asked = [Search(index=name, query=query.text, top_k=k, mode=mode) for query in queries]
+        replies = [await indexes.search("judge", search) for search in asked]
+        return [[document.source.removesuffix(".md") for document in reply.documents] for reply in replies]
+
+    found = asyncio.run(ask())
+    judged = list(zip(found, queries, strict=True))
+    return Quality(
+        len(queries),
+        statistics.fmean(recall(names, query.relevant, k) for names, query in judged),
+        statistics.fmean(ndcg(names, query.relevant, k) for names, query in judged),
+    )
