@@ -21,7 +21,7 @@ from obstore.store import LocalStore, MemoryStore, from_url
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from ferrum.errors import NotFound, OutputError, SettingsError, Unavailable
-from ferrum.settings import Settings, redact
+from ferrum.settings import Settings, redact, settings
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -192,6 +192,12 @@ class Artifacts:
     def resolve(self, kept: Kept) -> JsonValue:
         """The value that was kept. Only the reference of the envelope is followed, never anything inside a value."""
         return kept.inline if kept.ref is None else self.get_json(kept.ref)
+
+
+@cache
+def process_artifacts() -> Artifacts:
+    """The store of this process's settings."""
+    return Artifacts.of(settings())
 
 
 def _split(url: str) -> SplitResult:

@@ -11,6 +11,7 @@ FerrumError
 │   ├── StepTimeout           one attempt took longer than its `timeout`
 │   ├── ModelError            a model provider refused, failed or answered nonsense
 │   ├── ToolError             a tool said no, or its server failed
+│   ├── SandboxError          code could not be run in a sandbox at all
 │   ├── TaskError             the user's own Celery task raised
 │   ├── OutputError           an output that breaks its schema or cannot be kept
 │   └── Denied                the choke point said no
@@ -122,6 +123,10 @@ class ModelError(StepError):
 
 class ToolError(StepError):
     """A tool said no, or the server behind it failed."""
+
+
+class SandboxError(StepError):
+    """Code could not be run in a sandbox: it asks for what there is not, or no sandbox can be had."""
 
 
 class TaskError(StepError):

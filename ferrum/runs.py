@@ -8,7 +8,7 @@ from os import PathLike
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
-from ferrum.artifacts import Artifacts, Kept
+from ferrum.artifacts import Artifacts, Kept, process_artifacts
 from ferrum.cache import Cache, Stats
 from ferrum.errors import Conflict, FerrumError, NotFound, Problem, WorkflowError, did_you_mean
 from ferrum.events import Event, RunState
@@ -16,7 +16,6 @@ from ferrum.plan import Built, Plan
 from ferrum.record import Asked, Record, Resend, Verdict, follow, new_run_id
 from ferrum.results import RunStatus, StepResult, StepStatus, Usage
 from ferrum.sending import send, start
-from ferrum.settings import settings
 from ferrum.workflow import Workflow
 
 
@@ -82,11 +81,6 @@ def record() -> Record:
     return Record(redis_url(), patience_s=10)
 
 
-@cache
-def artifacts() -> Artifacts:
-    return Artifacts.of(settings())
-
-
 def submit(
     workflow: Workflow | Built | Mapping[str, object] | str | PathLike[str],
     input: Mapping[str, JsonValue] | None = None,
@@ -105,7 +99,7 @@ def submit(
     from ferrum.celery import app
 
     plan = _planned(workflow)
-    return start(app, record(), artifacts(), plan, input or {}, key=key, priority=priority, tenant=tenant)
+    return start(app, record(), process_artifacts(), plan, input or {}, key=key, priority=priority, tenant=tenant)
 
 
 def _planned(source: Workflow | Built | Mapping[str, object] | str | PathLike[str]) -> Plan:
@@ -124,7 +118,7 @@ def wait(run_id: str, *, timeout_s: float | None = None) -> JsonValue:
         raise TimeoutError(f"run {run_id!r} has not ended after {timeout_s:g} s")
     if end.status is not RunStatus.COMPLETED:
         raise RunFailed(run_id, end.status.value, end.reason or "")
-    return _opened(end.output, artifacts())
+    return _opened(end.output, process_artifacts())
 
 
 def watch(run_id: str, *, after: str = "0-0") -> Iterator[Event]:
@@ -142,7 +136,7 @@ def show(run_id: str) -> RunView:
     state = record().state(run_id)
     # Those inside of others are there once they were begun.
     steps = dict.fromkeys([*plan_of(run_id).top.steps, *state.steps])
-    return view_of(state, tuple(steps), artifacts())
+    return view_of(state, tuple(steps), process_artifacts())
 
 
 def view_of(state: RunState, steps: Sequence[str], store: Artifacts) -> RunView:
@@ -212,7 +206,7 @@ def signal(run_id: str, name: str, data: JsonValue = None, *, by: str = "") -> N
 
     Raises `NotFound`, and `Conflict` for a run that has ended, or that holds a thousand of them already.
     """
-    _send(record().signal(run_id, name, artifacts().keep(data).dumps(), by))
+    _send(record().signal(run_id, name, process_artifacts().keep(data).dumps(), by))
 
 
 def _one_that_waits(run_id: str) -> str:
@@ -274,12 +268,12 @@ def fork(run_id: str, input: Mapping[str, JsonValue]) -> str:
 
 def _take_over(run_id: str, how: str, plan: Plan, changes: Mapping[str, JsonValue], *, again: Collection[str]) -> str:
     state = record().state(run_id)
-    before = _opened(state.input, artifacts())
+    before = _opened(state.input, process_artifacts())
     assert isinstance(before, dict)
     given = plan.workflow.check_input({**before, **changes})
     changed = [name for name in {*given, *before} if given.get(name) != before.get(name)]
     kept = _kept(state, plan, plan.behind([*again, *plan.reading(changed)]))
-    kept_input = artifacts().keep(given).dumps()
+    kept_input = process_artifacts().keep(given).dumps()
     run = plan.new_run(
         new_run_id(), None, kept_input, priority=state.priority, tenant=state.tenant, origin=(run_id, how)
     )

@@ -13,17 +13,11 @@ from __future__ import annotations
 
 import json
 import mimetypes
-from functools import cache
-from typing import TYPE_CHECKING
 
 from pydantic import Field, JsonValue
 
-from ferrum.settings import settings
 from ferrum.steps import Attempt, Params, StepType
 from ferrum.workflow import Retry
-
-if TYPE_CHECKING:
-    from ferrum.artifacts import Artifacts
 
 
 class ArtifactParams(Params):
@@ -43,7 +37,10 @@ class Artifact(StepType[ArtifactParams]):
     timeout_s = 120.0
 
     def run(self, params: ArtifactParams, attempt: Attempt) -> JsonValue:
-        ref = _store().put(_bytes(params.content), params.media_type or _media_type(params))
+        # Here and not above: who only plans a workflow needs no store.
+        from ferrum.artifacts import process_artifacts
+
+        ref = process_artifacts().put(_bytes(params.content), params.media_type or _media_type(params))
         return {"name": params.name, "artifact": ref.digest, "size": ref.size, "media_type": ref.media_type}
 
 
@@ -58,11 +55,3 @@ def _media_type(params: ArtifactParams) -> str:
     if not isinstance(params.content, str):
         return "application/json"
     return mimetypes.guess_type(params.name, strict=False)[0] or "text/markdown"
-
-
-@cache
-def _store() -> Artifacts:
-    # Here and not above: who only plans a workflow needs no store.
-    from ferrum.artifacts import Artifacts
-
-    return Artifacts.of(settings())

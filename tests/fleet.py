@@ -32,7 +32,7 @@ class Fleet:
         self.home = home
         self.workers: list[subprocess.Popen[bytes]] = []
         policy = home / "allow-all.policy.yaml"
-        policy.write_text('allow: ["tool:*", "model:*"]\n')
+        policy.write_text('allow: ["tool:*", "model:*", "sandbox:*", "retrieval:*", "ingest:*"]\n')
         self.environ = {
             **{name: value for name, value in os.environ.items() if not name.startswith("FERRUM_")},
             "FERRUM_REDIS_URL": redis_url,

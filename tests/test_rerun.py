@@ -10,6 +10,7 @@ from office import Office
 from pydantic import JsonValue
 
 from ferrum import runs
+from ferrum.artifacts import process_artifacts
 from ferrum.errors import Conflict, InputError, NotFound, StepError
 from ferrum.loop import LoopThread
 from ferrum.plan import Plan, _remembered
@@ -28,7 +29,7 @@ def loop() -> Iterator[LoopThread]:
 @pytest.fixture
 def office(clean_redis: str, loop: LoopThread, monkeypatch: pytest.MonkeyPatch) -> Iterator[Office]:
     """It finds in the record what the front door has sent; nobody takes its messages."""
-    office = Office(runs.record(), loop, runs.artifacts(), mute=True)
+    office = Office(runs.record(), loop, process_artifacts(), mute=True)
     monkeypatch.setattr("ferrum.plan.step_types", lambda: {**step_types(), "act": office._type})
     _remembered.cache_clear()
     yield office

@@ -307,14 +307,11 @@ def test_a_result_that_is_not_json_fails_the_step(app: Celery, body: Any, said: 
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Artifacts]:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifacts:
     """The store of the settings."""
-    kind = sys.modules[type(step_types()["artifact"]).__module__]
-    url = f"file://{tmp_path}"
-    monkeypatch.setattr(kind, "settings", lambda: Settings(artifacts=url))
-    kind._store.cache_clear()
-    yield Artifacts(url)
-    kind._store.cache_clear()
+    own = Artifacts(f"file://{tmp_path}")
+    monkeypatch.setattr("ferrum.artifacts.process_artifacts", lambda: own)
+    return own
 
 
 @pytest.mark.parametrize(
@@ -466,11 +463,11 @@ def test_a_scripted_actor_says_one_thing_after_the_other_and_keeps_to_the_last()
         return act.arguments["x"] * 2
 
     actors = ScriptedActors()
-    actors.warm()
     actors.on("s.t", turned, ToolError("no"), "yes").on("test/m", "hello")
     call = ToolCall(server="s", tool="t", arguments={"x": 2})
 
     async def story() -> list[Any]:
+        await actors.warm(frozenset())
         found: list[Any] = [await actors.carry_out(call, by(Try()))]
         with pytest.raises(ToolError):
             await actors.carry_out(call, by(Try()))

@@ -27,7 +27,7 @@ def artifacts() -> None:
 @as_json_option
 def get_artifact(digest: str, output: Path | None, as_json: bool) -> None:
     """Print an artifact, or write it to a file, once its bytes are checked against its hash."""
-    from ferrum.runs import artifacts as store
+    from ferrum.artifacts import process_artifacts as store
 
     data = store().get(_ref(digest))
     if output is not None:

@@ -98,10 +98,20 @@ def read(
                 raise InputError("'-' stands for standard input, and there is none")
             yield Original(stdin_name, stdin.read(), metadata or {}, "-")
             continue
-        origin = os.path.normpath(one)
+        origin = origin_of(one)
         paths = _paths(one, origin)
         for path in paths:
             yield _document(path, metadata or {}, origin, named=paths == [origin])
+
+
+def origin_of(asked: str) -> str:
+    """The `origin` of all that `read` finds for one of the things that it is asked for."""
+    return asked if asked == "-" else os.path.normpath(asked)
+
+
+def count(asked: Sequence[str]) -> int:
+    """How many documents `read` will come to. Raises `InputError` as that does, before anything is read."""
+    return sum(1 if one == "-" else len(_paths(one, origin_of(one))) for one in asked)
 
 
 def _paths(asked: str, origin: str) -> list[str]:

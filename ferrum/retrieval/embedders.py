@@ -130,7 +130,7 @@ def _places(word: str) -> tuple[Any, Any]:
 
     framed = f"^{word}$"
     grams = [framed[at : at + 3] for at in range(len(framed) - 2)] if len(word) > 2 else []
-    weights = [1.0, *(0.5 / math.sqrt(len(grams)) for _ in grams)]
+    weights = [1.0, *[0.5 / math.sqrt(len(grams) or 1)] * len(grams)]
     hashes = [int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "big") for part in (word, *grams)]
     signs = [weight if number & 1 else -weight for weight, number in zip(weights, hashes, strict=True)]
     return numpy.array([(number >> 1) % DIMENSION for number in hashes]), numpy.array(signs, numpy.float32)

@@ -1,0 +1,416 @@
+"""The backend `bubblewrap`: Linux's own namespaces and filters, through `bwrap`.
+
+`bwrap` as tutorials call it holds about half of the attacks of our suite. What holds is the whole of this: each line
+of `arguments` has its reason beside it, and the test that fails without it in `tests/test_sandbox_attacks.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from ferrum.sandbox import program, seccomp
+from ferrum.sandbox.backend import Backend, Box, Cell, Kind, MemoryBy, Missing, Unconfined
+from ferrum.sandbox.cgroup import Cgroup, Cgroups
+from ferrum.sandbox.reach import Reach
+from ferrum.sandbox.runtimes import Runtime
+
+#: Inside everyone is nobody.
+NOBODY = 65534
+#: Where the worker is root, each sandbox has a user of its own, from here on: the kernel counts processes by user.
+FIRST_USER = 60001
+_USERS = 512
+
+_NEEDED = (0, 8)
+_INSTALL = "apt install bubblewrap (Debian 12, Ubuntu 24.04), dnf install bubblewrap, apk add bubblewrap"
+_LAST_WORDS = 1000
+_PATIENCE_S = 5.0
+
+#: What a program finds in `/etc`, and nothing else: what is needed to know that it is nobody, and of no network.
+_ETC: dict[str, bytes] = {
+    "passwd": b"nobody:x:65534:65534:nobody:/tmp:/bin/sh\n",
+    "group": b"nogroup:x:65534:\n",
+    "hosts": b"127.0.0.1 localhost\n::1 localhost\n",
+    "nsswitch.conf": b"passwd: files\ngroup: files\nhosts: files\n",
+}
+
+#: What `/proc` tells of the machine, or lets be done to it. What programs need (`meminfo`, `cpuinfo`, `stat`, one's own
+#: processes) stays.
+_TELLING = (
+    "acpi", "asound", "bootconfig", "buddyinfo", "bus", "cgroups", "cmdline", "config.gz", "consoles", "crypto",
+    "devices", "diskstats", "dma", "driver", "dynamic_debug", "execdomains", "fb", "fs", "interrupts", "iomem",
+    "ioports", "irq", "kallsyms", "kcore", "key-users", "keys", "kmsg", "kpagecgroup", "kpagecount", "kpageflags",
+    "latency_stats", "locks", "mdstat", "misc", "modules", "mtrr", "pagetypeinfo", "partitions", "pressure",
+    "sched_debug", "schedstat", "scsi", "slabinfo", "softirqs", "swaps", "sys", "sysrq-trigger", "sysvipc",
+    "timer_list", "timer_stats", "tty", "version_signature", "vmallocinfo", "vmstat", "zoneinfo",
+)  # fmt: skip
+
+_DEVICES = ("null", "zero", "full", "random", "urandom")
+#: Directories that are links into `/usr` where it is merged, as it is everywhere by now.
+_MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
+
+
+class Bubblewrap(Backend):
+    kind = Kind.BUBBLEWRAP
+
+    def __init__(self, cgroups: Cgroups | None = None) -> None:
+        self._cgroups = Cgroups.find() if cgroups is None else cgroups
+        self._reach = Reach()
+        self._turns = itertools.count()
+        self._cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+
+    def check(self) -> None:
+        if sys.platform != "linux":
+            raise Missing(
+                "bubblewrap is for Linux only: on macOS and Windows run the workers that execute code in a Linux "
+                "virtual machine or on another machine; all other steps work here"
+            )
+        seccomp.rules(os.uname().machine)
+        if not self._executable():
+            raise Missing(f"there is no bwrap on PATH: {_INSTALL}")
+        version = _version(self._executable())
+        if version < _NEEDED:
+            have, need = (".".join(map(str, one)) for one in (version, _NEEDED))
+            raise Missing(f"bwrap is version {have}, and {need} or newer is needed: {_INSTALL}")
+
+    def start(self, box: Box) -> Cell:
+        self._bind_to_cores(box.cpus)
+        with ExitStack() as closing:
+            user = _User.take() if os.geteuid() == 0 else None
+            if user is not None:
+                self._reach.make(box.runtime.mounts, user.uid)
+            files = _Files(closing)
+            info, info_end = os.pipe()
+            to_init, stdin = os.pipe()
+            stdout, from_init = os.pipe()
+            errors, errors_end = os.pipe()
+            for descriptor in (info_end, to_init, from_init, errors_end):
+                closing.callback(os.close, descriptor)
+            command = [self._executable(), *self.arguments(box, files, info_end), "--", *program.command(box.runtime)]
+            process = subprocess.Popen(
+                command,
+                # `--clearenv` is for what runs inside; this is for what can be read of bwrap itself.
+                env={},
+                stdin=to_init,
+                stdout=from_init,
+                stderr=errors_end,
+                pass_fds=(info_end, *files.descriptors),
+                cwd="/",
+                start_new_session=True,
+                # Never with the host's uid 0 inside: for the kernel it may write to files of /proc and has no limits.
+                **({"user": user.uid, "group": user.uid, "extra_groups": []} if user is not None else {}),
+            )
+        for descriptor in (info, errors):
+            os.set_blocking(descriptor, False)
+        return _Cell(process, stdin, stdout, info, errors, user, self._cgroups and self._cgroups.make(box))
+
+    def arguments(self, box: Box, files: _Files, info: int) -> list[str]:
+        """The flags, in order: a later mount covers an earlier one."""
+        return [
+            *self.namespaces(),
+            *self.privileges(),
+            *self.system(box.runtime),
+            *self.etc(files),
+            *self.proc(),
+            *self.devices(),
+            *self.writable(box.disk),
+            *self.sealed(box.runtime),
+            *self.filter(files),
+            # Tells us the process id of PID 1 and its namespaces, so that we can check them from outside.
+            "--info-fd", str(info),
+        ]  # fmt: skip
+
+    def namespaces(self) -> list[str]:
+        return [
+            # Its own users (so that nobody is anybody), processes, network (none but a loopback of its own), System V
+            # and POSIX message queues, host name, and view of cgroups.
+            "--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts",
+            "--unshare-cgroup-try",
+            # No namespaces within: they open a lot of the kernel that is otherwise only root's.
+            "--disable-userns",
+            "--hostname", "sandbox",
+            # Else bwrap stays as PID 1, which can be looked into and has the worker's environment.
+            "--as-pid-1",
+            # A worker that is killed takes it along. This follows the thread that starts it, see `Backend.start`.
+            "--die-with-parent",
+            # No controlling terminal, so nothing can be typed into it.
+            "--new-session",
+        ]  # fmt: skip
+
+    def privileges(self) -> list[str]:
+        return ["--clearenv", "--uid", str(NOBODY), "--gid", str(NOBODY), "--cap-drop", "ALL"]
+
+    def system(self, runtime: Runtime) -> list[str]:
+        arguments = ["--ro-bind", "/usr", "/usr"]
+        for name in _MERGED:
+            path = Path("/", name)
+            if path.is_symlink():
+                arguments += ["--symlink", str(path.readlink()), str(path)]
+            elif path.is_dir():
+                arguments += ["--ro-bind", str(path), str(path)]
+        # What the operator has installed is not for others to see, unless it is the interpreter.
+        arguments += ["--tmpfs", "/usr/local"]
+        for path in map(Path, runtime.mounts):
+            arguments += ["--ro-bind", str(path), str(path)]
+        for directory in runtime.hidden:
+            arguments += ["--tmpfs", directory]
+        if not any(mount.startswith("/usr/local/") for mount in runtime.mounts):
+            for name in ("python", "python3"):
+                arguments += ["--symlink", runtime.interpreter, f"/usr/local/bin/{name}"]
+        return arguments
+
+    def etc(self, files: _Files) -> list[str]:
+        arguments = []
+        for name, content in _ETC.items():
+            arguments += ["--file", str(files.hold(content)), f"/etc/{name}"]
+        # Where libraries are, and which of several programs is meant (`awk`): what `/usr` alone leaves out.
+        for path in ("/etc/ld.so.cache", "/etc/alternatives"):
+            arguments += ["--ro-bind-try", path, path]
+        return arguments
+
+    def proc(self) -> list[str]:
+        arguments = ["--proc", "/proc"]
+        for name in _TELLING:
+            path = Path("/proc", name)
+            if path.is_dir():
+                arguments += ["--tmpfs", str(path), "--remount-ro", str(path)]
+            elif path.exists():
+                arguments += ["--ro-bind", "/dev/null", str(path)]
+        return arguments
+
+    def devices(self) -> list[str]:
+        # Not `--dev`: that brings a pseudo terminal along.
+        arguments = ["--tmpfs", "/dev"]
+        for name in _DEVICES:
+            arguments += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+        for name, target in (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")):
+            arguments += ["--symlink", f"/proc/self/fd{target}", f"/dev/{name}"]
+        return arguments
+
+    def writable(self, disk: int) -> list[str]:
+        arguments = []
+        for path in ("/job", "/tmp", "/dev/shm"):
+            arguments += ["--perms", "0700", "--size", str(disk), "--tmpfs", path]
+        return arguments
+
+    def sealed(self, runtime: Runtime) -> list[str]:
+        """Last: all these are file systems in memory that have no size, made for mount points to stand in."""
+        arguments = []
+        for path in (*runtime.hidden, "/usr/local", "/dev", "/"):
+            arguments += ["--remount-ro", path]
+        return arguments
+
+    def filter(self, files: _Files) -> list[str]:
+        return ["--seccomp", str(files.hold(seccomp.program()))]
+
+    def explain(self, words: str) -> str:
+        return _explain(words)
+
+    def _executable(self) -> str:
+        return shutil.which("bwrap") or ""
+
+    def _bind_to_cores(self, cpus: float) -> None:
+        """This thread, and with it what it starts. Nobody inside may change it."""
+        count = min(len(self._cores), math.ceil(cpus))
+        first = next(self._turns) * count
+        os.sched_setaffinity(0, {self._cores[(first + at) % len(self._cores)] for at in range(count)})
+
+
+class _Files:
+    """Bytes that bwrap reads through a descriptor; gone when it was started."""
+
+    def __init__(self, closing: ExitStack) -> None:
+        self._closing = closing
+        self.descriptors: list[int] = []
+
+    def hold(self, content: bytes) -> int:
+        descriptor = os.memfd_create("ferrum")
+        self._closing.callback(os.close, descriptor)
+        os.write(descriptor, content)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        self.descriptors.append(descriptor)
+        return descriptor
+
+
+class _User:
+    """A user of the host that no other sandbox of this machine has at the same time."""
+
+    def __init__(self, uid: int, lock: socket.socket) -> None:
+        self.uid = uid
+        self._lock = lock
+
+    @classmethod
+    def take(cls) -> _User:
+        for uid in range(FIRST_USER, FIRST_USER + _USERS):
+            lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            try:
+                # A name that the kernel lets go of when its holder dies, and no file.
+                lock.bind(f"\0ferrum-sandbox-{uid}")
+            except OSError:
+                lock.close()
+                continue
+            return cls(uid, lock)
+        raise Missing(f"{_USERS} sandboxes run on this machine at the same time already: wait, or use more machines")
+
+    def release(self) -> None:
+        self._lock.close()
+
+
+class _Cell(Cell):
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        stdin: int,
+        stdout: int,
+        info: int,
+        errors: int,
+        user: _User | None,
+        cgroup: Cgroup | None,
+    ) -> None:
+        self.stdin, self.stdout = stdin, stdout
+        self.memory_by: MemoryBy = "watchdog" if cgroup is None else "cgroup"
+        self._process = process
+        self._info, self._errors = info, errors
+        self._user, self._cgroup = user, cgroup
+        self._init: int | None = None
+        self._words = ""
+        self._reaped = False
+
+    def confirm(self) -> None:
+        with os.fdopen(os.dup(self._info), "rb") as file:
+            told = json.loads(file.read() or b"{}")
+        pid = told.get("child-pid", 0)
+        if not pid:
+            raise Unconfined("bwrap did not say what it started")
+        self._init = os.pidfd_open(pid)
+        problem = _unconfined(_status(pid), told, self._process.pid, self._user.uid if self._user else os.geteuid())
+        if problem:
+            self.kill()
+            raise Unconfined(f"a sandbox was killed before it ran anything: {problem}")
+        if self._cgroup is not None:
+            self._cgroup.add(pid)
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            if self._init is not None:
+                # The kernel ends a namespace with its PID 1, and bwrap ends with that.
+                signal.pidfd_send_signal(self._init, signal.SIGKILL)
+            elif not self._reaped:
+                self._process.kill()
+
+    def reap(self) -> None:
+        if self._reaped:
+            return
+        self.kill()
+        try:
+            self._process.wait(_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._init is not None:
+            poll = select.poll()
+            poll.register(self._init, select.POLLIN)
+            poll.poll(_PATIENCE_S * 1000)
+            os.close(self._init)
+        self._words = self.last_words()
+        self._reaped = True
+        os.close(self._info)
+        os.close(self._errors)
+        if self._cgroup is not None:
+            self._cgroup.remove()
+        if self._user is not None:
+            self._user.release()
+
+    def last_words(self) -> str:
+        if not self._reaped:
+            with suppress(BlockingIOError):
+                self._words += os.read(self._errors, _LAST_WORDS).decode(errors="replace")
+        return self._words.strip()
+
+    def ran_out_of_memory(self) -> bool:
+        return self._cgroup is not None and self._cgroup.ran_out_of_memory()
+
+    def peak_memory(self) -> int | None:
+        return None if self._cgroup is None else self._cgroup.peak_memory()
+
+
+def _status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    status = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return status | {"uid_map": " ".join(Path(f"/proc/{pid}/uid_map").read_text().split())}
+
+
+def _unconfined(status: Mapping[str, str], told: Mapping[str, int], parent: int, uid: int) -> str:
+    """What is wrong with a process that should be confined; empty where nothing is."""
+    if status["PPid"] != str(parent) or status["NSpid"].split()[-1] != "1":
+        return "its PID 1 is not what bwrap started"
+    for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+        if int(status[name], 16):
+            return f"it has capabilities ({name} {status[name]})"
+    if status["NoNewPrivs"] != "1":
+        return "it can gain privileges (NoNewPrivs is not set)"
+    if status["Seccomp"] != "2":
+        return "no filter holds its system calls"
+    if uid == 0 or set(status["Uid"].split()) != {str(uid)} or status["uid_map"] != f"{NOBODY} {uid} 1":
+        return f"it is the wrong user (uid {status['Uid'].split()[0]})"
+    for kind in ("cgroup", "ipc", "mnt", "net", "pid", "uts"):
+        if told.get(f"{kind}-namespace") == Path(f"/proc/self/ns/{kind}").stat().st_ino and kind != "cgroup":
+            return f"it shares our {kind} namespace"
+    return ""
+
+
+def _version(executable: str) -> tuple[int, ...]:
+    said = subprocess.run([executable, "--version"], capture_output=True, text=True, env={}, check=False).stdout
+    number = said.split()[-1] if said.split() else "0"
+    return tuple(int(part) for part in number.split(".") if part.isdigit())
+
+
+def _explain(words: str) -> str:
+    """What to do about a bwrap that did not start, from what it said."""
+    if "Creating new namespace failed" in words or "setting up uid map" in words or "No permissions to cr" in words:
+        return _about_namespaces()
+    if "proc" in words and "mount" in words.lower():
+        return (
+            "this container hides parts of /proc, so no new one can be mounted: start it with "
+            "--security-opt systempaths=unconfined (Docker, Podman) or procMount: Unmasked (Kubernetes)"
+        )
+    if "execvp" in words:
+        return "the interpreter cannot be run inside: its directories must be readable by everyone"
+    return ""
+
+
+def _about_namespaces() -> str:
+    """Why an ordinary user may make no namespaces here, and how to allow it."""
+    if _setting("kernel/apparmor_restrict_unprivileged_userns") == "1":
+        return (
+            "AppArmor keeps bwrap from making user namespaces (Ubuntu 24.04 and newer): "
+            "apt install apparmor-profiles && ln -s /usr/share/apparmor/extra-profiles/bwrap-userns-restrict "
+            "/etc/apparmor.d/ && apparmor_parser -r /etc/apparmor.d/bwrap-userns-restrict"
+        )
+    if _setting("kernel/unprivileged_userns_clone") == "0":
+        return "user namespaces are switched off here: sysctl -w kernel.unprivileged_userns_clone=1"
+    if _setting("user/max_user_namespaces") == "0":
+        return "user namespaces are switched off here: sysctl -w user.max_user_namespaces=15000"
+    return (
+        "new namespaces are forbidden here. In Docker or Podman its seccomp profile does that: start the container "
+        "with --security-opt seccomp=unconfined --security-opt systempaths=unconfined, or with a profile that allows "
+        "clone, unshare, mount, umount2 and pivot_root"
+    )
+
+
+def _setting(name: str) -> str:
+    try:
+        return Path("/proc/sys", name).read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,222 @@
+"""What a sandbox is told to do, and what is believed of what it says back. Nothing here starts anything."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from pydantic import JsonValue
+
+from ferrum.errors import SandboxError
+from ferrum.governance.acts import CodeRun, WhyEnded
+from ferrum.sandbox.init import matches
+from ferrum.sandbox.runtimes import Runtime
+
+#: Bytes of each stream that are kept, and at which a job is ended.
+KEPT = 2**20
+MOST_SAID = 64 * 2**20
+#: Files that a job may give back, their bytes together, and how deep they may be.
+MOST_FILES = 256
+MOST_BYTES = 64 * 2**20
+DEPTH = 16
+#: Bytes of the file that holds its output.
+MOST_OUTPUT = 16 * 2**20
+#: What costs the kernel memory that is nobody's.
+MOST_INODES = 20_000
+MOST_SOCKETS = 256
+MOST_OPEN = 128
+
+_LONGEST_ARGUMENT = 128 * 1024 - 1
+_LONGEST_PATH = 1000
+_MOST_PATTERNS = 64
+_MOST_DEEP = 3
+#: A program that runs out of room says so last.
+_NO_MEMORY = ("MemoryError", "Cannot allocate memory", "memory exhausted", "Out of memory")
+_NO_DISK = ("No space left on device", "File too large", "[Errno 28]", "[Errno 27]")
+#: Variables that change an interpreter or a loader as it starts.
+_LOADERS = ("PYTHON", "LD_", "GLIBC_", "MALLOC_")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run, as PID 1 is told of it."""
+
+    run: CodeRun
+    files: Mapping[str, bytes]
+    #: As PID 1 takes it.
+    told: dict[str, Any]
+
+    @classmethod
+    def of(cls, run: CodeRun, files: Mapping[str, bytes], runtime: Runtime) -> Job:
+        """Raises `SandboxError` for what cannot be."""
+        for path in files:
+            _check_path(path, "files")
+        for pattern in (*run.outputs, run.output_file):
+            _check_path(pattern, "outputs")
+            if pattern.split("/").count("**") > _MOST_DEEP:
+                raise SandboxError(f"outputs: {pattern!r} has more than {_MOST_DEEP} '**': name the directories")
+        if len(run.outputs) > _MOST_PATTERNS:
+            raise SandboxError(f"outputs: {len(run.outputs)} patterns are too many, {_MOST_PATTERNS} may be given")
+        if sum(map(len, files.values())) > run.disk:
+            raise SandboxError(f"files: they are bigger than its disk of {run.disk} bytes: give it more 'disk'")
+        env = {"HOME": "/tmp", "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "TMPDIR": "/tmp"}  # noqa: S108
+        env |= dict(runtime.env) | run.env
+        for name, value in env.items():
+            if not name or "=" in name or "\0" in name + value:
+                raise SandboxError(f"env: {name!r} cannot be a variable of the environment")
+        programs, arguments = _command(run, runtime)
+        told = {
+            "programs": programs,
+            "arguments": arguments,
+            "code": run.code or "",
+            "env": env,
+            "limits": limits(run),
+            "memory": run.memory,
+            "disk": run.disk,
+            "processes": run.processes,
+            "inodes": MOST_INODES,
+            "sockets": MOST_SOCKETS,
+            "keep": KEPT,
+            "most": MOST_SAID,
+            "outputs": [*run.outputs, run.output_file],
+            "most_files": MOST_FILES,
+            "most_bytes": MOST_BYTES,
+            "depth": DEPTH,
+        }
+        return cls(run, files, told)
+
+    def wanted(self, path: str) -> bool:
+        """Whether this is a path that was asked for, and one that is safe to write down."""
+        if not _is_path(path) or path.count("/") >= DEPTH:
+            return False
+        return path == self.run.output_file or self._is_output(path)
+
+    def given(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Of what came back, what is not only its output."""
+        return {path: content for path, content in files.items() if self._is_output(path)}
+
+    def output(self, files: Mapping[str, bytes]) -> tuple[bool, JsonValue, str]:
+        """Whether it left an output, what that is, and what is wrong with what it left."""
+        content = files.get(self.run.output_file)
+        if content is None:
+            return False, None, ""
+        name = self.run.output_file
+        if len(content) > MOST_OUTPUT:
+            return False, None, f"{name}: more than {MOST_OUTPUT} bytes of JSON"
+        try:
+            value: JsonValue = json.loads(content, parse_constant=_no_number)
+        except (ValueError, RecursionError) as error:
+            return False, None, f"{name}: it is not JSON: {str(error)[:200]}"
+        return True, value, ""
+
+    def _is_output(self, path: str) -> bool:
+        parts = tuple(path.split("/"))
+        return any(matches(parts, tuple(pattern.split("/"))) for pattern in self.run.outputs)
+
+
+def limits(run: CodeRun) -> dict[int, int]:
+    """What the kernel holds each process to, by the numbers of setrlimit(2)."""
+    return {
+        # Not close: address space is also what is never used. The watchdog is the closer one.
+        resource.RLIMIT_AS: 2 * run.memory + 2**30,
+        # PID 1 is one of them.
+        resource.RLIMIT_NPROC: run.processes + 1,
+        resource.RLIMIT_NOFILE: MOST_OPEN,
+        resource.RLIMIT_FSIZE: run.disk,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_CPU: cpu_seconds(run),
+        resource.RLIMIT_MEMLOCK: 64 * 1024,
+        resource.RLIMIT_SIGPENDING: 256,
+        resource.RLIMIT_MSGQUEUE: 0,
+    }
+
+
+def cpu_seconds(run: CodeRun) -> int:
+    """Seconds of processor time that one process may use."""
+    return math.ceil(run.timeout_s * run.cpus) + 1
+
+
+def why(run: CodeRun, ended: Mapping[str, Any], last_words: str, *, no_memory: bool) -> tuple[WhyEnded, str]:
+    """Why a job ended, and a sentence about it, from what PID 1 said, its last words on stderr, and the kernel's count."""
+    exit_code, number = ended.get("exit"), ended.get("signal")
+    if exit_code == 0:
+        return WhyEnded.OK, ""
+    killed_for = ended.get("why")
+    cpu = float(ended.get("cpu") or 0)
+    if killed_for == "memory" or no_memory or _says(last_words, _NO_MEMORY):
+        return WhyEnded.MEMORY, f"it used more than its {_size(run.memory)} of memory"
+    if killed_for == "output":
+        return WhyEnded.OUTPUT, f"it wrote more than {_size(MOST_SAID)} to stdout or stderr"
+    if killed_for == "processes":
+        return WhyEnded.KILLED, f"it had more than {run.processes} processes and threads"
+    if killed_for == "disk" or number == signal.SIGXFSZ or ended.get("full") or _says(last_words, _NO_DISK):
+        return WhyEnded.DISK, f"its files needed more than {_size(run.disk)}, or were more than {MOST_INODES}"
+    if number == signal.SIGXCPU or (number == signal.SIGKILL and cpu >= cpu_seconds(run) - 1):
+        return WhyEnded.TIMEOUT, f"it used more than {cpu_seconds(run)} s of processor time"
+    if number:
+        return WhyEnded.ERROR, f"it was ended by {signal_name(number)}"
+    return WhyEnded.ERROR, f"it exited with {exit_code}"
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _command(run: CodeRun, runtime: Runtime) -> tuple[list[str], list[str]]:
+    """The programs to try, and their arguments; no program where PID 1's child runs Python as it is."""
+    if (run.code is None) == (run.command is None):
+        raise SandboxError("a run is either 'code' or 'command'")
+    if run.command is not None:
+        if not run.command:
+            raise SandboxError("command: it is empty")
+        programs, arguments = [run.command[0]], list(run.command[1:])
+    elif run.language == "shell":
+        programs, arguments = ["bash", "sh"], ["-c", run.code or ""]
+    elif any(name.startswith(_LOADERS) for name in run.env):
+        # They mean something to an interpreter as it starts, so this takes one of its own.
+        programs, arguments = [runtime.interpreter], ["-c", run.code or ""]
+    else:
+        return [], []
+    for text in (*programs, *arguments):
+        if "\0" in text:
+            raise SandboxError("a command holds no NUL")
+        if len(text.encode(errors="surrogatepass")) > _LONGEST_ARGUMENT:
+            raise SandboxError("a command is at most 128 KiB long: give the code as one of 'files' and run that")
+    return programs, arguments
+
+
+def _check_path(path: str, where: str) -> None:
+    if not _is_path(path):
+        raise SandboxError(
+            f"{where}: {path!r} is no path within the working directory: write it like 'data/table.csv', without "
+            "'..' and without a '/' at its start"
+        )
+
+
+def _is_path(path: str) -> bool:
+    """Whether it is relative, goes only down, and says what it is."""
+    if not path or len(path) > _LONGEST_PATH or not path.isprintable():
+        return False
+    return PurePosixPath(path).as_posix() == path and not path.startswith("/") and ".." not in path.split("/")
+
+
+def _says(last_words: str, signs: tuple[str, ...]) -> bool:
+    last = last_words.rstrip().rpartition("\n")[2]
+    return any(sign in last for sign in signs)
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**20:g} MiB"

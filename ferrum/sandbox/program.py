@@ -1,0 +1,60 @@
+"""What runs as PID 1 of a sandbox, and how it gets there: as the first thing that comes through its stdin.
+
+So there is no file of ours inside to find, to copy into images, or to change, and each backend needs one plain command.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import marshal
+from functools import cache
+from pathlib import Path
+
+from ferrum.sandbox.runtimes import Runtime
+
+#: Compiled code is for one version of Python only: another one, in a container's image, compiles the source.
+_BOOT = """\
+import sys
+from marshal import loads
+from posix import read
+from _frozen_importlib_external import MAGIC_NUMBER
+def take(size):
+    data = b""
+    while len(data) < size:
+        more = read(0, size - len(data))
+        if not more:
+            raise SystemExit
+        data += more
+    return data
+magic, modules = loads(take(int.from_bytes(take(4), "big")))
+for name, code, source in modules:
+    module = type(sys)(name)
+    sys.modules[name] = module
+    parent, _, last = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], last, module)
+    exec(loads(code) if magic == MAGIC_NUMBER else compile(source, name, "exec"), module.__dict__)
+module.main()()
+"""
+
+#: In the order in which they are made; the packages are empty inside.
+_MODULES = ("ferrum", "ferrum.sandbox", "ferrum.sandbox.wire", "ferrum.sandbox.init")
+_HERE = Path(__file__).parent
+
+
+def command(runtime: Runtime) -> list[str]:
+    """The command line of PID 1. Nothing that is told to it, and no file of the job, changes what it imports."""
+    return [runtime.interpreter, "-I", "-S", "-c", _BOOT]
+
+
+@cache
+def program() -> bytes:
+    """What PID 1 has to be sent first."""
+    modules = []
+    for name in _MODULES:
+        file = _HERE / f"{name.rpartition('.')[2]}.py"
+        source = file.read_bytes() if file.exists() else b""
+        modules.append((name, marshal.dumps(compile(source, name, "exec", dont_inherit=True)), source))
+    # Version 2 of the format is read by every Python 3.
+    body = marshal.dumps((importlib.util.MAGIC_NUMBER, modules), 2)
+    return len(body).to_bytes(4, "big") + body
