@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
@@ -64,6 +65,14 @@ class Settings(BaseModel):
     prices: Path | None = Field(None, description="Price file: model to US dollars per million tokens, and aliases.")
     tenant: str = Field(
         "default", min_length=1, max_length=100, description="Whose runs this process starts, unless it is said."
+    )
+    sandbox: Literal["auto", "bubblewrap", "gvisor", "container"] = Field(
+        "auto",
+        description="What isolates code: `bubblewrap`, `gvisor` or `container`; `auto` is the first that holds here.",
+    )
+    runtimes: Path | None = Field(
+        None,
+        description="Where the runtimes of the sandbox are, such as those of an image; default: under `home`.",
     )
     imports: str = Field("", description="Modules with your own Celery tasks and functions, comma separated.")
     lease: float = Field(8.0, ge=1, description="A step whose worker was silent this long is given to another.")

@@ -109,6 +109,8 @@ def submit(documents: Sequence[Document]) -> list[str]:
 def wait_for(runs: Sequence[str], documents: Sequence[Document]) -> None:
     try:
         eventually(lambda: all_ended(runs), timeout_s=30 + EXAMPLES)
+        # One that was given up inside of one that has ended may still undo what it did.
+        eventually(lambda: not record().any_live())
     except AssertionError:
         raise AssertionError(how_far(runs, documents)) from None
 

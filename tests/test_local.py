@@ -308,8 +308,12 @@ def environ() -> dict[str, str]:
 
 
 def workers(url: str) -> list[int]:
-    with redis.Redis.from_url(url) as client:
-        return [int(pid) for pid in client.lrange("workers", 0, -1)]
+    """Those that said that they are there. Raises `Unavailable`."""
+    try:
+        with redis.Redis.from_url(url) as client:
+            return [int(pid) for pid in client.lrange("workers", 0, -1)]
+    except redis.exceptions.ConnectionError as error:
+        raise Unavailable(f"Redis does not answer: {error}") from error
 
 
 def end_worker(url: str, code: int) -> None:
@@ -406,6 +410,43 @@ def test_a_worker_that_cannot_start_is_reported_with_its_log(settings: Settings,
     with pytest.raises(Unavailable, match=r"would not start; the logs end:(?s:.*)line 3 is no rule"):
         begin(settings, [str(tmp_path / "broken.py")])
     assert not alive(settings.home)
+
+
+def test_a_redis_that_goes_away_after_it_was_found_is_waited_for_anew(settings: Settings, worker: list[str]) -> None:
+    """A supervisor that had nothing left to do was still stopping when the next command looked."""
+    gone: list[str] = []
+    old = PrivateRedis(settings.home).start()
+
+    def need_worker(url: str) -> bool:
+        old.stop()
+        gone.append(url)
+        return not workers(url)
+
+    def worker_ready(url: str) -> bool:
+        if len(gone) == 1:
+            gone.append(url)
+            os.kill(json.loads((settings.home / "redis.json").read_text())["pid"], signal.SIGKILL)
+        return bool(workers(url))
+
+    local = ensure(settings, environ(), need_worker=need_worker, worker_ready=worker_ready, worker=worker)
+    try:
+        assert local.started
+        assert len(gone) == 2
+        assert answers(local.url)
+    finally:
+        local.stop()
+
+
+def test_a_redis_of_ones_own_that_goes_away_meanwhile_is_named(tmp_path: Path, worker: list[str]) -> None:
+    server = PrivateRedis(tmp_path / "redis").start()
+    settings = read({"FERRUM_HOME": str(tmp_path / "home"), "FERRUM_REDIS_URL": server.url, "FERRUM_GRACE": "1"})
+
+    def need_worker(url: str) -> bool:
+        server.stop()
+        return not workers(url)
+
+    with pytest.raises(Unavailable, match="no Redis answers at"):
+        ensure(settings, environ(), need_worker=need_worker, worker_ready=lambda url: bool(workers(url)), worker=worker)
 
 
 def test_a_worker_that_never_gets_ready_is_stopped(settings: Settings, worker: list[str]) -> None:

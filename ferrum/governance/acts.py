@@ -296,12 +296,13 @@ class NewDocument(BaseModel):
 class IngestReply(Reply):
     """What became of the documents that an index was given."""
 
-    added: int = 0
+    #: Documents that were new or had changed, that were there as they are, and that were removed.
     updated: int = 0
     unchanged: int = 0
-    removed: int = 0
-    #: Pieces that the index has now.
+    pruned: int = 0
+    #: Pieces that were put, and of them those for which a vector had to be made.
     chunks: int = 0
+    embedded: int = 0
 
 
 class Ingest(Act[IngestReply]):
@@ -312,7 +313,7 @@ class Ingest(Act[IngestReply]):
     documents: tuple[NewDocument, ...]
     #: Where the index is not there yet, it is made with this one.
     embedding: str | None = None
-    #: Whether sources that are not among the documents are removed.
+    #: Whether documents are removed that an earlier one gave and this one does not.
     prune: bool = False
 
     @property
