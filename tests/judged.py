@@ -83,7 +83,7 @@ def constitution() -> Corpus:
     )
 
 
-def standard_library(questions: int = 300) -> Corpus:
+def standard_library(questions: int = 200) -> Corpus:
     """What this Python's standard library says of itself: a document for each module, class and function.
 
     Some documents have lost their first sentence, which is what is asked: the one that it was taken from is looked
@@ -100,9 +100,12 @@ def _first_sentence(text: str) -> tuple[str, str] | None:
     """The first sentence of what is said, and the document without it; `None` unless both are worth something."""
     head, _, said = text.partition("\n\n")
     match = re.match(r"([A-Z][^.\n]*(?:\n[^.\n]+)*\.)\s+(.+)", said, re.DOTALL)
-    if match is None or len(match[1].split()) < 5 or len(match[2].split()) < 25:
+    if match is None:
         return None
-    return " ".join(match[1].split()), f"{head}\n\n{match[2]}"
+    sentence, rest = " ".join(match[1].split()), " ".join(match[2].split())
+    if len(sentence.split()) < 5 or len(rest.split()) < 25 or sentence in rest:
+        return None
+    return sentence, f"{head}\n\n{match[2]}"
 
 
 def _described() -> Iterator[tuple[str, str]]:
