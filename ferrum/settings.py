@@ -48,8 +48,8 @@ class Settings(BaseModel):
     )
     indexes: SecretStr | None = Field(
         None,
-        description="Where indexes are kept: a directory `file:///path`, `postgresql://user:password@host/database` with "
-        "pgvector, or a Qdrant, `qdrant+https://:key@host:6333`. Default: `indexes` under `home`.",
+        description="Where indexes are kept: a directory `file:///path`, `postgresql://user:password@host/database` "
+        "with pgvector, or a Qdrant, `qdrant+https://:key@host:6333`. Default: `indexes` under `home`.",
     )
     embedding: str | None = Field(
         None, description="Embedder of new indexes that name none: `lexical`, `local`, or a provider's model."
