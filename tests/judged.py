@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import hashlib
 import inspect
 import math
 import re
+import statistics
 import sys
 import sysconfig
+import uuid
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import yaml
+
+from ferrum.governance.acts import Search
+from ferrum.retrieval.cutting import Cutting
+from ferrum.retrieval.documents import Original
+from ferrum.retrieval.indexes import Indexes
+from ferrum.retrieval.store import Store
+
+Mode: TypeAlias = Literal["hybrid", "vector", "text"]
 
 CORPORA = Path(__file__).parent / "corpora"
 
@@ -71,7 +83,7 @@ def constitution() -> Corpus:
     )
 
 
-def standard_library(questions: int = 300) -> Corpus:
+def standard_library(questions: int = 200) -> Corpus:
     """What this Python's standard library says of itself: a document for each module, class and function.
 
     Some documents have lost their first sentence, which is what is asked: the one that it was taken from is looked
@@ -88,9 +100,12 @@ def _first_sentence(text: str) -> tuple[str, str] | None:
     """The first sentence of what is said, and the document without it; `None` unless both are worth something."""
     head, _, said = text.partition("\n\n")
     match = re.match(r"([A-Z][^.\n]*(?:\n[^.\n]+)*\.)\s+(.+)", said, re.DOTALL)
-    if match is None or len(match[1].split()) < 5 or len(match[2].split()) < 25:
+    if match is None:
         return None
-    return " ".join(match[1].split()), f"{head}\n\n{match[2]}"
+    sentence, rest = " ".join(match[1].split()), " ".join(match[2].split())
+    if len(sentence.split()) < 5 or len(rest.split()) < 25 or sentence in rest:
+        return None
+    return sentence, f"{head}\n\n{match[2]}"
 
 
 def _described() -> Iterator[tuple[str, str]]:
@@ -133,3 +148,40 @@ def _in_module(module: str) -> Iterator[tuple[str, str]]:
         said = inspect.getdoc(member)
         if said and not name.startswith("_") and (inspect.isclass(member) or inspect.isroutine(member)):
             yield f"{module}.{name}", f"# {module}.{name}\n\n{said}"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a search did, as means over queries."""
+
+    queries: int
+    recall: float
+    ndcg: float
+
+
+def indexed(store: Store, corpus: Corpus, embedding: str) -> str:
+    """The name of a new index of tenant `judge` that holds the corpus."""
+    indexes, name = Indexes(store), f"judged-{uuid.uuid4().hex}"
+    indexes.create("judge", name, embedding)
+    # Whole documents, as far as they have no headings within: what is judged is the search, and not how they are cut.
+    originals = [Original(f"{title}.md", text) for title, text in corpus.documents.items()]
+    asyncio.run(indexes.add("judge", name, originals, cutting=Cutting(max_chars=20_000)))
+    return name
+
+
+def judge(store: Store, name: str, queries: Sequence[Query], mode: Mode, *, k: int = 10) -> Quality:
+    """How well an index answers these queries, by recall and nDCG of the first `k` documents."""
+
+    async def ask() -> list[list[str]]:
+        indexes = Indexes(store)
+        asked = [Search(index=name, query=query.text, top_k=k, mode=mode) for query in queries]
+        replies = [await indexes.search("judge", search) for search in asked]
+        return [[document.source.removesuffix(".md") for document in reply.documents] for reply in replies]
+
+    found = asyncio.run(ask())
+    judged = list(zip(found, queries, strict=True))
+    return Quality(
+        len(queries),
+        statistics.fmean(recall(names, query.relevant, k) for names, query in judged),
+        statistics.fmean(ndcg(names, query.relevant, k) for names, query in judged),
+    )
