@@ -546,12 +546,14 @@ def test_embeddings_come_in_the_order_of_the_texts_with_their_cost_by_the_price_
     price_file(monkeypatch, tmp_path, "models:\n  openai/scripted: {input: 0.5, output: 2}\n")
     texts = ("one text", "another", "one text")
     asked = Embedding(model="openai/scripted", texts=texts)
-    with ModelServer({"default": {"usage": {"input_tokens": 1000}}}) as server:
+    counted = {"match": {"endpoint": "embeddings"}, "reply": "vectors", "usage": {"input_tokens": 1000}}
+    with ModelServer({"rules": [counted]}) as server:
         asks(monkeypatch, server)
         reply = run(embeddings.embed(asked))
     assert [list(vector) for vector in reply.vectors] == [pytest.approx(embedding(text)) for text in texts]
     assert reply.model == "scripted"
-    assert (reply.usage.model_calls, reply.usage.output_tokens) == (1, 0)
+    assert (reply.usage.model_calls, reply.usage.input_tokens, reply.usage.output_tokens) == (1, 1000, 0)
+    assert reply.usage.cost_usd == pytest.approx(0.0005)
 
 
 def test_an_estimate_of_an_embedding_is_no_lower_than_what_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:

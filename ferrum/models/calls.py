@@ -147,6 +147,8 @@ def _quieten(litellm: ModuleType) -> None:
     for callbacks in ("callbacks", "input_callback", "success_callback", "failure_callback", "service_callback"):
         setattr(litellm, callbacks, [])
     litellm.suppress_debug_info = True  # type: ignore[attr-defined]
+    # Of embeddings it takes `max_retries=0` for nothing said, and this instead.
+    litellm.DEFAULT_MAX_RETRIES = 0  # type: ignore[attr-defined]
     for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy"):
         logger = logging.getLogger(name)
         # LITELLM_LOG sets a level, which is what an operator wants who looks for an error in litellm.
