@@ -54,7 +54,7 @@ TELLING = (
     "acpi", "asound", "bootconfig", "buddyinfo", "bus", "cgroups", "cmdline", "config.gz", "consoles", "crypto",
     "devices", "diskstats", "dma", "driver", "dynamic_debug", "execdomains", "fb", "fs", "interrupts", "iomem",
     "ioports", "irq", "kallsyms", "kcore", "key-users", "keys", "kmsg", "kpagecgroup", "kpagecount", "kpageflags",
-    "latency_stats", "locks", "mdstat", "misc", "modules", "mtrr", "pagetypeinfo", "partitions", "pressure",
+    "latency_stats", "mdstat", "misc", "modules", "mtrr", "pagetypeinfo", "partitions", "pressure",
     "sched_debug", "schedstat", "scsi", "slabinfo", "softirqs", "swaps", "sys", "sysrq-trigger", "sysvipc",
     "timer_list", "timer_stats", "tty", "version_signature", "vmallocinfo", "vmstat", "zoneinfo",
 )  # fmt: skip
