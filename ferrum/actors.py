@@ -9,15 +9,30 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 from ferrum.artifacts import Ref, process_artifacts
-from ferrum.governance.acts import Act, By, CodeRun, InputFile, ModelCall, R, Reply, ToolCall
+from ferrum.governance.acts import (
+    Act,
+    By,
+    CodeRun,
+    Embedding,
+    Ingest,
+    InputFile,
+    ModelCall,
+    R,
+    Reply,
+    Search,
+    ToolCall,
+)
 from ferrum.mcp.router import Router
 from ferrum.mcp.specs import load_servers
-from ferrum.models import calls, prices
+from ferrum.models import calls, embeddings, prices
 from ferrum.results import Usage
+from ferrum.retrieval import embedders
+from ferrum.retrieval.indexes import Embed, Indexes
 from ferrum.sandbox.here import sandboxes
 from ferrum.settings import Settings
 
@@ -31,6 +46,7 @@ class LiveActors:
         """Raises `SettingsError` for a servers file that cannot be read."""
         self._router = Router(load_servers(settings, os.environ))
         self._sandboxes = sandboxes(settings)
+        self._settings = settings
 
     async def warm(self, kinds: frozenset[str]) -> None:
         if "model" in kinds:
@@ -41,7 +57,7 @@ class LiveActors:
                 log.info("%s", probe)
 
     def estimate(self, act: Act[Any]) -> Usage:
-        return prices.estimate(act) if isinstance(act, ModelCall) else act.counts
+        return prices.estimate(act) if isinstance(act, ModelCall | Embedding) else act.counts
 
     async def carry_out(self, act: Act[R], by: By) -> R:
         match act:
@@ -51,15 +67,37 @@ class LiveActors:
                 reply = await self._router.call(act, by.idempotency_key)
             case CodeRun():
                 reply = await self._sandboxes.run(act, await asyncio.to_thread(_contents, act.files), by.say)
+            case Embedding():
+                reply = await embeddings.embed(act)
+            case Search():
+                reply = await self._indexes.search(by.tenant, act, embed=_embedder(by))
+            case Ingest():
+                default = embedders.default(self._settings, os.environ)
+                reply = await self._indexes.ingest(by.tenant, act, embed=_embedder(by), default=default)
             case _:
                 raise NotImplementedError(f"nobody carries out {act.kind} acts")
         return cast("R", reply)
+
+    @cached_property
+    def _indexes(self) -> Indexes:
+        return Indexes.of(self._settings)
 
     async def aclose(self) -> None:
         """End every session, connection and sandbox."""
         await self._sandboxes.aclose()
         await self._router.aclose()
+        if "_indexes" in vars(self):
+            await asyncio.to_thread(self._indexes.close)
         await calls.aclose()
+
+
+def _embedder(by: By) -> Embed:
+    """Asks a provider's model for vectors, which is an act of its own."""
+
+    async def embed(model: str, texts: Sequence[str]) -> Sequence[Sequence[float]]:
+        return (await by.perform(Embedding(model=prices.resolve(model), texts=tuple(texts)))).vectors
+
+    return embed
 
 
 def _contents(files: Mapping[str, InputFile]) -> dict[str, bytes]:

@@ -105,8 +105,8 @@ class Body:
         before = {need for needs in self.needs.values() for need in needs}
         return [name for name in self.steps if name not in before]
 
-    def segment_of(self, name: str) -> Segment:
-        return next(segment for segment in self.segments if name in segment.steps)
+    def starting_with(self, head: str) -> Segment:
+        return next(segment for segment in self.segments if head in segment.heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +235,8 @@ class Plan:
 
     @classmethod
     def loads(cls, document: str) -> Plan:
-        return cls(Workflow.of(json.loads(document)))
+        """The plan that has this `document`."""
+        return cls(Workflow.kept(document))
 
     @property
     def lane(self) -> int:
@@ -375,7 +376,7 @@ class Plan:
         if "" in body.steps:
             return body.segments[0], head
         name = head.rpartition(".")[2]
-        return body.segment_of(name), head[: len(head) - len(name)]
+        return body.starting_with(name), head[: len(head) - len(name)]
 
     def canvas(
         self, run_id: str, segment: Segment, prefix: str = "", lane: int | None = None, app: Celery | None = None
@@ -410,7 +411,7 @@ class Plan:
 
 @lru_cache(maxsize=64)
 def _remembered(document: str) -> Plan:
-    return Plan.loads(document)
+    return Plan(Workflow.of(json.loads(document)))
 
 
 def task_id(run_id: str, step_id: str) -> str:

@@ -46,8 +46,10 @@ class Settings(BaseModel):
         None,
         description="Artifact store: `file:///path`, `s3://bucket/prefix`, `gs://…`, `az://…`. Default: under `home`.",
     )
-    indexes: str | None = Field(
-        None, description="Where indexes are kept: a directory as `file:///path`. Default: `indexes` under `home`."
+    indexes: SecretStr | None = Field(
+        None,
+        description="Where indexes are kept: a directory `file:///path`, `postgresql://user:password@host/database` "
+        "with pgvector, or a Qdrant, `qdrant+https://:key@host:6333`. Default: `indexes` under `home`.",
     )
     embedding: str | None = Field(
         None, description="Embedder of new indexes that name none: `lexical`, `local`, or a provider's model."
@@ -134,7 +136,7 @@ def redact(text: str) -> str:
     """`text` with every secret of this process's environment replaced by `***`.
 
     A secret is the value, of eight characters or more, of a variable whose name says so, and the password in
-    the Redis URL.
+    the Redis URL and in that of the indexes.
     """
     for secret in _secrets():
         text = text.replace(secret, "***")
@@ -148,7 +150,7 @@ def _secrets() -> tuple[str, ...]:
         for name, value in os.environ.items()
         if len(value) >= 8 and any(word in name.upper() for word in _SECRET_WORDS)
     }
-    for name in ("FERRUM_REDIS_URL", "REDIS_URL"):
+    for name in ("FERRUM_REDIS_URL", "REDIS_URL", "FERRUM_INDEXES"):
         credentials = os.environ.get(name, "").partition("://")[2].rpartition("@")[0]
         if password := credentials.partition(":")[2]:
             found.add(password)

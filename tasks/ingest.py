@@ -20,11 +20,13 @@ class IngestParams(Params):
     embedding: str | None = Field(
         None, description="What embeds, where the index is made: a model of a provider, `local`, `lexical` or `none`."
     )
-    prune: bool = Field(False, description="Whether sources of the index that are not among these are removed.")
+    prune: bool = Field(
+        False, description="Whether documents are removed that a step gave earlier and that are not among these."
+    )
 
 
 class Ingest(StepType[IngestParams]):
-    """Its output says what changed: `{"added", "updated", "unchanged", "removed", "chunks"}`, all of them counts."""
+    """Its output says what changed: `{"added", "updated", "unchanged", "removed", "embedded", "chunks"}`, all counts."""
 
     name = "ingest"
     params = IngestParams

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from typing import Final, Literal
 
 from pydantic import Field, JsonValue
 
-from ferrum.governance.acts import Search
+from ferrum.governance.acts import Document, Search
+from ferrum.models import prices
+from ferrum.models.choice import default_model
+from ferrum.retrieval import grading
+from ferrum.settings import settings
 from ferrum.steps import Attempt, Params, StepType
 from ferrum.workflow import Retry
+
+#: So many times as many as are wanted are looked at where a model grades them.
+_WIDER: Final = 3
 
 
 class RetrievalParams(Params):
@@ -40,5 +48,20 @@ class Retrieval(StepType[RetrievalParams]):
     foreign = True
 
     async def run(self, params: RetrievalParams, attempt: Attempt) -> JsonValue:
-        found = await attempt.perform(Search.model_validate(params.model_dump(exclude={"rerank"})))
-        return {"documents": [document.model_dump(mode="json") for document in found.documents]}
+        search = Search.model_validate(params.model_dump(exclude={"rerank"}))
+        if params.rerank is False:
+            documents = (await attempt.perform(search)).documents
+        else:
+            documents = await _reranked(search, params.rerank, attempt)
+        return {"documents": [document.model_dump(mode="json") for document in documents]}
+
+
+async def _reranked(search: Search, by: str | Literal[True], attempt: Attempt) -> tuple[Document, ...]:
+    wider = search.model_copy(update={"top_k": search.top_k * _WIDER, "min_score": None})
+    found = (await attempt.perform(wider)).documents
+    if not found:
+        return ()
+    model = default_model(settings(), os.environ) if by is True else by
+    reply = await attempt.perform(grading.question(prices.resolve(model), search.query, found))
+    grades = grading.grades(reply.text, found)
+    return grading.graded(found, grades, search.min_score or 0.0)[: search.top_k]

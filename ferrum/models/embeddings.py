@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final
 
 from ferrum.errors import ModelError
 from ferrum.governance.acts import Embedding, EmbeddingReply
 from ferrum.models import calls, prices
+
+#: Before each further try of `direct`, unless the provider says how long.
+_WAITS_S: Final = (1.0, 4.0, 16.0)
+_LONGEST_WAIT_S: Final = 60.0
 
 
 async def embed(call: Embedding) -> EmbeddingReply:
@@ -34,12 +40,30 @@ async def embed(call: Embedding) -> EmbeddingReply:
     )
 
 
-async def vectors(model: str, texts: Sequence[str]) -> tuple[tuple[float, ...], ...]:
-    """A vector for each text, asked for by the person at the keyboard: nobody decides, and no budget is charged.
+@asynccontextmanager
+async def direct() -> AsyncIterator[Callable[[str, Sequence[str]], Awaitable[Sequence[Sequence[float]]]]]:
+    """What asks a model for vectors on behalf of the person at the keyboard: nobody decides, no budget is charged.
 
-    What a workflow does goes through `Attempt.perform`.
+    What a workflow does goes through `Attempt.perform`. What may pass is tried again a few times.
     """
-    return (await embed(Embedding(model=model, texts=tuple(texts)))).vectors
+
+    async def ask(model: str, texts: Sequence[str]) -> Sequence[Sequence[float]]:
+        call = Embedding(model=prices.resolve(model), texts=tuple(texts))
+        for wait_s in _WAITS_S:
+            try:
+                return (await embed(call)).vectors
+            except ModelError as error:
+                if not error.retry:
+                    raise
+                await asyncio.sleep(
+                    min(wait_s if error.retry_after_s is None else error.retry_after_s, _LONGEST_WAIT_S)
+                )
+        return (await embed(call)).vectors
+
+    try:
+        yield ask
+    finally:
+        await calls.aclose()
 
 
 def _vectors(call: Embedding, data: Any) -> tuple[tuple[float, ...], ...]:

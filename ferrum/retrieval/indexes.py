@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Self, TypeAlias
@@ -15,10 +17,10 @@ from pydantic import JsonValue
 from ulid import ULID
 
 from ferrum.errors import Conflict, InputError, NotFound, SettingsError
-from ferrum.governance.acts import Search, SearchReply
+from ferrum.governance.acts import Ingest, IngestReply, Search, SearchReply
 from ferrum.retrieval import embedders
 from ferrum.retrieval import search as searching
-from ferrum.retrieval.cutting import Cutting, cut
+from ferrum.retrieval.cutting import FEWEST, MAX_CHARS, MOST, cut
 from ferrum.retrieval.documents import LeftOut, Original, check_metadata, clean
 from ferrum.retrieval.store import SOURCE, Chunk, Counts, Index, Source, Store, Update, Vector
 from ferrum.settings import Settings
@@ -40,20 +42,17 @@ _LONGEST_QUERY: Final = 20_000
 class Added:
     """What adding documents did, so far."""
 
-    #: Documents that were new or had changed, and are in the index now.
+    #: Documents that are new in the index, that took the place of what was there, that were there as they are.
+    added: int = 0
     updated: int = 0
-    #: Documents that were there already, as they are.
     unchanged: int = 0
-    #: Documents that were no longer among those given, and were taken out.
-    pruned: int = 0
-    #: Pieces that were put, and of them those for which a vector had to be made.
-    chunks: int = 0
+    #: Documents that are no longer among those given, and were taken out.
+    removed: int = 0
+    #: Texts for which a vector had to be made.
     embedded: int = 0
     left_out: list[LeftOut] = field(default_factory=list)
-
-    @property
-    def looked_at(self) -> int:
-        return self.updated + self.unchanged + len(self.left_out)
+    #: Documents that were looked at; some of them are not in the index yet.
+    seen: int = 0
 
 
 class Indexes:
@@ -87,21 +86,18 @@ class Indexes:
         self.store.create(index)
         return index
 
-    def ensure(self, tenant: str, name: str, embedding: str | None = None) -> Index:
-        """The index of this name, made where there is none; `embedding` is then needed.
+    def ensure(self, tenant: str, name: str, embedding: str | None, default: str) -> Index:
+        """The index of this name, made where there is none: with `embedding`, else with `default`.
 
-        Raises `Conflict` where it is pinned to another embedder.
+        Raises `Conflict` where it is pinned to another embedder than `embedding`.
         """
         try:
             index = self.describe(tenant, name)
         except NotFound:
-            if embedding is None:
-                raise
-            try:
-                return self.create(tenant, name, embedding)
-            except Conflict:
-                # Somebody else was quicker.
-                index = self.describe(tenant, name)
+            with suppress(Conflict):
+                return self.create(tenant, name, embedding or default)
+            # Somebody else was quicker.
+            index = self.describe(tenant, name)
         if embedding is not None and embedders.check(embedding) != index.embedding:
             raise Conflict(
                 f"index {name!r} is pinned to embedder {index.embedding!r}, and vectors of {embedding!r} cannot be "
@@ -136,22 +132,43 @@ class Indexes:
         originals: Iterable[Original | LeftOut],
         *,
         embed: Embed | None = None,
-        cutting: Cutting = Cutting(),  # noqa: B008 - it is frozen
-        prune: bool = False,
+        max_chars: int = MAX_CHARS,
+        prune: Collection[str] = (),
         progress: Callable[[Added], None] | None = None,
     ) -> Added:
         """Put documents into an index, in place of what it has of the same names.
 
         Only what changed is cut and embedded, and a text that the index has a vector of is not embedded again. Each
         document changes at once as a whole; where this is stopped, what was done stays, and the same call goes on from
-        there. `prune` takes out what came from the same origins earlier and is not among `originals` any more.
+        there. A piece has at most `max_chars` characters. `prune` names origins: what came from these earlier and is
+        not among `originals` any more is taken out.
 
         A document that was named by itself and cannot be read raises `InputError`; of a folder or pattern it is left
         out. Raises what `embed` raises.
         """
+        if not FEWEST <= max_chars <= MOST:
+            raise InputError(f"pieces of {max_chars} characters: let them have {FEWEST} to {MOST} at the most")
         index = await asyncio.to_thread(self.describe, tenant, name)
-        adding = _Adding(self.store, index, embed, cutting, progress or (lambda _: None))
+        adding = _Adding(self.store, index, embed, max_chars, progress or (lambda _: None))
         return await adding.all(originals, prune)
+
+    async def ingest(self, tenant: str, act: Ingest, *, embed: Embed | None = None, default: str) -> IngestReply:
+        """Carry out an act of ingesting; `default` is the embedder of an index that is made and that names none.
+
+        Its `prune` takes out what earlier acts put, and nothing that was added by path.
+        """
+        index = await asyncio.to_thread(self.ensure, tenant, act.index, act.embedding, default)
+        originals = [Original(one.source, one.text, one.metadata) for one in act.documents]
+        done = await self.add(tenant, index.name, originals, embed=embed, prune=[""] if act.prune else ())
+        counts = await asyncio.to_thread(self.store.counts, index)
+        return IngestReply(
+            added=done.added,
+            updated=done.updated,
+            unchanged=done.unchanged,
+            removed=done.removed,
+            embedded=done.embedded,
+            chunks=counts.chunks,
+        )
 
     async def remove(self, tenant: str, name: str, sources: Collection[str]) -> None:
         """Take documents out of an index, by the names of their sources."""
@@ -178,14 +195,35 @@ class Indexes:
 
 def open_store(settings: Settings) -> Store:
     """The store of `FERRUM_INDEXES`. Raises `SettingsError`."""
-    url = settings.indexes
-    if url is None:
+    if settings.indexes is None:
         return _directory(settings.home / "indexes")
+    url = settings.indexes.get_secret_value()
     parts = urlsplit(url)
-    if parts.scheme == "file" and not parts.netloc and parts.path.startswith("/"):
-        return _directory(Path(unquote(parts.path)))
+    match parts.scheme:
+        case "file" if not parts.netloc and parts.path.startswith("/"):
+            return _directory(Path(unquote(parts.path)))
+        case "postgresql" | "postgres":
+            _need("psycopg_pool", "pgvector")
+            from ferrum.retrieval.pgvector import PgvectorStore
+
+            return PgvectorStore(url)
+        case "qdrant+http" | "qdrant+https" if parts.hostname:
+            _need("qdrant_client", "qdrant")
+            from ferrum.retrieval.qdrant import QdrantStore
+
+            host = parts.netloc.rpartition("@")[2]
+            address = f"{parts.scheme.removeprefix('qdrant+')}://{host}{parts.path}"
+            return QdrantStore(address, api_key=unquote(parts.password) if parts.password else None)
     # The rest is not shown: it may hold a password.
-    raise SettingsError(f"FERRUM_INDEXES begins with {parts.scheme + '://'!r}, which is no store: write file:///path")
+    raise SettingsError(
+        f"FERRUM_INDEXES begins with {parts.scheme + '://'!r}, which is no store: write file:///path, "
+        "postgresql://user:password@host/database, or qdrant+https://:key@host:6333"
+    )
+
+
+def _need(module: str, extra: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise SettingsError(f"FERRUM_INDEXES needs what is not installed: type pip install 'ferrum[{extra}]'")
 
 
 def _directory(path: Path) -> Store:
@@ -198,21 +236,22 @@ class _Adding:
     """One call of `add`."""
 
     def __init__(
-        self, store: Store, index: Index, embed: Embed | None, cutting: Cutting, progress: Callable[[Added], None]
+        self, store: Store, index: Index, embed: Embed | None, max_chars: int, progress: Callable[[Added], None]
     ) -> None:
         self._store = store
         self._index = index
         self._embed = embed
-        self._cutting = cutting
+        self._max_chars = max_chars
         self._progress = progress
         #: Documents that are cut and not in the store yet.
         self._pending: list[Update] = []
+        #: What was in the index at the beginning.
+        self._known: Mapping[str, Source] = {}
         self._added = Added()
 
-    async def all(self, originals: Iterable[Original | LeftOut], prune: bool) -> Added:
-        known = await asyncio.to_thread(self._store.sources, self._index)
+    async def all(self, originals: Iterable[Original | LeftOut], prune: Collection[str]) -> Added:
+        self._known = known = await asyncio.to_thread(self._store.sources, self._index)
         seen: dict[str, str] = {}
-        origins = set[str]()
         given = iter(originals)
         # To read the next one blocks.
         while (original := await asyncio.to_thread(next, given, None)) is not None:
@@ -220,19 +259,19 @@ class _Adding:
                 seen[original.name] = ""
                 self._added.left_out.append(original)
             else:
-                origins.add(original.origin)
-                await self._one(original, known, seen)
+                await self._one(original, seen)
+            self._added.seen += 1
             self._progress(self._added)
         await self._put()
         if prune:
-            gone = [one.name for one in known.values() if one.origin in origins and one.name not in seen]
+            gone = [one.name for one in known.values() if one.origin in prune and one.name not in seen]
             await asyncio.to_thread(self._store.remove, self._index, gone)
-            self._added.pruned = len(gone)
+            self._added.removed = len(gone)
         self._progress(self._added)
         return self._added
 
-    async def _one(self, original: Original, known: Mapping[str, Source], seen: dict[str, str]) -> None:
-        digest = await asyncio.to_thread(original.digest, self._cutting.model_dump())
+    async def _one(self, original: Original, seen: dict[str, str]) -> None:
+        digest = await asyncio.to_thread(original.digest, self._max_chars)
         source = Source(original.name, digest, original.origin, original.metadata)
         if original.name in seen:
             # Two patterns may well match the same file.
@@ -240,11 +279,11 @@ class _Adding:
                 raise InputError(f"{original.name!r} was given twice, with different contents: name them differently")
             return
         seen[original.name] = digest
-        if known.get(original.name) == source:
+        if self._known.get(original.name) == source:
             self._added.unchanged += 1
             return
         try:
-            chunks = await asyncio.to_thread(cut, original, self._cutting)
+            chunks = await asyncio.to_thread(cut, original, self._max_chars)
         except InputError as error:
             if original.origin in ("", "-", original.name):
                 raise
@@ -265,8 +304,9 @@ class _Adding:
                 for one in updates
             ]
         await asyncio.to_thread(self._store.put, self._index, updates)
-        self._added.updated += len(updates)
-        self._added.chunks += sum(len(update.chunks) for update in updates)
+        new = sum(update.source.name not in self._known for update in updates)
+        self._added.added += new
+        self._added.updated += len(updates) - new
 
     async def _vectors_of(self, chunks: Sequence[Chunk]) -> Mapping[str, Vector]:
         """By digest: those that the index has, and the others made now."""
