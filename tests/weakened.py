@@ -110,7 +110,7 @@ def taken_out(without: Without) -> Iterator[None]:
         if without != Without():
             patches.enter_context(mock.patch.object(bubblewrap, "_unconfined", lambda *_: ""))
         if without.covers:
-            patches.enter_context(mock.patch.object(bubblewrap, "_TELLING", ()))
+            patches.enter_context(mock.patch.object(bubblewrap, "TELLING", ()))
         if without.environment or without.user:
             real = subprocess.Popen
 
