@@ -105,10 +105,10 @@ def taken_out(without: Without) -> Iterator[None]:
         assert old in modules["ferrum.sandbox.init"], f"PID 1 has no {old!r}"
         modules["ferrum.sandbox.init"] = modules["ferrum.sandbox.init"].replace(old, new)
     with ExitStack() as patches:
-        packed = program.packed(modules)
-        patches.enter_context(mock.patch.object(program, "program", lambda: packed))
+        packed = program.packed(modules, with_sources=True)
+        patches.enter_context(mock.patch.object(program, "program", return_value=packed))
         if without != Without():
-            patches.enter_context(mock.patch.object(bubblewrap, "_unconfined", lambda *_: ""))
+            patches.enter_context(mock.patch.object(bubblewrap, "_unconfined", return_value=""))
         if without.covers:
             patches.enter_context(mock.patch.object(bubblewrap, "TELLING", ()))
         if without.environment or without.user:

@@ -20,12 +20,16 @@ import select
 import sys
 from _json import encode_basestring_ascii
 from _stat import S_ISDIR, S_ISREG
-from collections.abc import Callable
 from resource import RLIMIT_CORE, setrlimit
 from time import monotonic, sleep
-from typing import Any
 
 from ferrum.sandbox import wire
+
+# Importing `typing`, even to ask whether types are being checked, would take as long as Python itself.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 JOB = "/job"
 #: All that can be written to.
@@ -40,6 +44,7 @@ _MAY_FAIL = (RLIMIT_CORE, 11, 12)  # RLIMIT_SIGPENDING, RLIMIT_MSGQUEUE
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _MOST_REFUSED = 100
 _LOOKS = 3
+_MOST_OPEN = 1024
 
 
 class suppress:
@@ -315,15 +320,12 @@ class _Child:
 
     def _become(self, prepare: dict[str, Any]) -> None:
         """What the child does first: let go of everything that is PID 1's."""
-        keep = (self._job_read, self._ready_write)
         for standard, stream in zip((1, 2), self.streams, strict=True):
             os.dup2(stream.write_end, standard)
-        for descriptor in range(3, 64):
-            if descriptor not in keep:
-                try:
-                    os.close(descriptor)
-                except OSError:
-                    pass
+        first = 3
+        for kept in sorted((self._job_read, self._ready_write, _MOST_OPEN)):
+            os.closerange(first, kept)
+            first = kept + 1
         # Out of PID 1's session; and a process like any other, which may look into itself and its children.
         os.setsid()
         _prctl(_PR_SET_DUMPABLE, 1)

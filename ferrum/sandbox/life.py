@@ -68,7 +68,7 @@ class Sandbox:
         sandbox = cls(backend, box, cell)
         try:
             async with asyncio.timeout(_START_S):
-                await sandbox._send(program.program())
+                await sandbox._send(program.program(box.runtime))
                 await sandbox._expect(wire.UP)
                 cell.confirm()
                 runtime = box.runtime

@@ -13,6 +13,7 @@ import platform
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from ferrum.sandbox.backend import Missing
 
@@ -262,6 +263,7 @@ def number_of(name: str, machine: str) -> int:
     return dict(_numbers(_ALLOWED + _CHECKED + _REFUSED, column))[name]
 
 
+@cache
 def names(machine: str) -> dict[int, str]:
     """What each number is called."""
     column = _MACHINES[machine][1]
