@@ -58,6 +58,8 @@ class Cell(ABC):
     #: What PID 1 reads from and writes to; the caller closes both.
     stdin: int
     stdout: int
+    #: Whether PID 1 is started as another user than the job is to be, with the right to make it that.
+    apart: bool = False
     #: What PID 1 has to filter the system calls of the job with, where the backend has no filter of ours.
     filter: bytes = b""
     #: How memory is held here.

@@ -161,6 +161,7 @@ def _tied() -> list[str]:
 
 class _Cell(Cell):
     memory_by: MemoryBy = "watchdog"
+    apart = True
 
     def __init__(self, holder: Holder, user: User | None, bundle: Path) -> None:
         self.stdin, self.stdout = holder.stdin, holder.stdout

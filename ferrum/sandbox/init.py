@@ -78,12 +78,13 @@ def main() -> Callable[[], object]:
         if child is None:
             return _Child.job
         host.send(wire.READY, child.wait_until_ready())
-        with _Nobody():
+        nobody = _Nobody(prepare["apart"])
+        with nobody:
             job = host.take_job()
         child.start(job)
         ended = _Watch(host, child, job).until_it_ends()
         kill_all()
-        with _Nobody():
+        with nobody:
             host.tell_all(child, job, ended)
     except _Gone:
         pass
@@ -98,22 +99,18 @@ class _Nobody:
     with the right to become somebody else and no other. Elsewhere it is the same user as the job, and this is nothing.
     """
 
+    def __init__(self, apart: bool) -> None:
+        self._apart = apart
+
     def __enter__(self) -> None:
-        if os.getuid() == 0:
+        if self._apart:
             os.setegid(_NOBODY)
             os.seteuid(_NOBODY)
 
     def __exit__(self, *_: object) -> None:
-        if os.getuid() == 0:
+        if self._apart:
             os.seteuid(0)
             os.setegid(0)
-
-
-def _become_nobody() -> None:
-    """For good."""
-    if os.getuid() == 0:
-        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
 
 
 def _filter_calls(program: bytes) -> None:
@@ -336,7 +333,9 @@ class _Child:
         with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
         os.nice(_NICE)
-        _become_nobody()
+        if prepare["apart"]:
+            os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+            os.setresuid(_NOBODY, _NOBODY, _NOBODY)
         if prepare["filter"]:
             _filter_calls(prepare["filter"])
         os.environ.update(prepare["env"])

@@ -77,6 +77,7 @@ class Sandbox:
                     "paths": runtime.paths,
                     "env": dict(runtime.env),
                     "links": runtime.links,
+                    "apart": cell.apart,
                     "filter": cell.filter,
                 }
                 await sandbox._send(wire.frame(wire.PREPARE, marshal.dumps(prepare, 2)))

@@ -263,13 +263,13 @@ def number_of(name: str, machine: str) -> int:
     return dict(_numbers(_ALLOWED + _CHECKED + _REFUSED, column))[name]
 
 
-@cache
 def names(machine: str) -> dict[int, str]:
     """What each number is called."""
     column = _MACHINES[machine][1]
     return {number: name for name, number in _numbers(_ALLOWED + _CHECKED + _REFUSED, column)}
 
 
+@cache
 def program(machine: str | None = None) -> bytes:
     """The program for a machine, this one where none is named; what `bwrap --seccomp` and others want to be given."""
     machine = machine or platform.machine()
