@@ -99,7 +99,7 @@ def test_it_goes_on_after_the_server_was_restarted(monkeypatch: pytest.MonkeyPat
         assert near(store, index, EAST) == ["kept"]
         server.kill()
         monkeypatch.setattr(pgvector, "_TIMEOUT_S", 0.5)
-        with pytest.raises(Unavailable, match="no connection within 0.5 s"):
+        with pytest.raises(Unavailable, match=r"no connection within 0\.5 s"):
             store.counts(index)
     finally:
         store.close()
