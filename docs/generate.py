@@ -183,7 +183,8 @@ def _limits() -> str:
         ["nesting of a workflow file", f"{text.MAX_DEPTH} levels"],
         ["values in a workflow file, aliases written out", f"{text.MAX_VALUES:,}"],
         ["length of an expression", f"{expressions.MAX_LENGTH:,} characters, {expressions.MAX_TOKENS} words and signs"],
-        ["nesting of an expression", f"{expressions.MAX_NESTING} levels"],
+        ["nesting of an expression", f"{expressions.MAX_NESTING} levels, a macro counts as three"],
+        ["items that the macros of an expression go over, in all", f"{expressions.MAX_ITEMS:,}"],
         ["nesting of a value that an expression computes with", f"{expressions.MAX_DATA_NESTING} levels"],
         ["text that an expression builds", f"{expressions.MAX_TEXT:,} characters"],
     ]

@@ -11,17 +11,15 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Final, cast
+from typing import Any, cast
 
 from ferrum.artifacts import Ref, process_artifacts
-from ferrum.errors import NotFound
 from ferrum.governance.acts import (
     Act,
     By,
     CodeRun,
     Embedding,
     Ingest,
-    IngestReply,
     InputFile,
     ModelCall,
     R,
@@ -34,13 +32,9 @@ from ferrum.mcp.specs import load_servers
 from ferrum.models import calls, embeddings, prices
 from ferrum.results import Usage
 from ferrum.retrieval import embedders
-from ferrum.retrieval.documents import Original
 from ferrum.retrieval.indexes import Embed, Indexes
 from ferrum.sandbox.here import sandboxes
 from ferrum.settings import Settings
-
-#: Where documents are from that a step gave; they are pruned together.
-_STEP: Final = "step"
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +72,8 @@ class LiveActors:
             case Search():
                 reply = await self._indexes.search(by.tenant, act, embed=_embedder(by))
             case Ingest():
-                reply = await self._ingest(act, by)
+                default = embedders.default(self._settings, os.environ)
+                reply = await self._indexes.ingest(by.tenant, act, embed=_embedder(by), default=default)
             case _:
                 raise NotImplementedError(f"nobody carries out {act.kind} acts")
         return cast("R", reply)
@@ -86,24 +81,6 @@ class LiveActors:
     @cached_property
     def _indexes(self) -> Indexes:
         return Indexes.of(self._settings)
-
-    async def _ingest(self, act: Ingest, by: By) -> IngestReply:
-        await asyncio.to_thread(self._ensure, by.tenant, act)
-        originals = [Original(one.source, one.text, one.metadata, origin=_STEP) for one in act.documents]
-        added = await self._indexes.add(by.tenant, act.index, originals, embed=_embedder(by), prune=act.prune)
-        return IngestReply(
-            updated=added.updated,
-            unchanged=added.unchanged,
-            pruned=added.pruned,
-            chunks=added.chunks,
-            embedded=added.embedded,
-        )
-
-    def _ensure(self, tenant: str, act: Ingest) -> None:
-        try:
-            self._indexes.ensure(tenant, act.index, act.embedding)
-        except NotFound:
-            self._indexes.ensure(tenant, act.index, embedders.default(self._settings, os.environ))
 
     async def aclose(self) -> None:
         """End every session, connection and sandbox."""

@@ -9,6 +9,7 @@ cel-go's strings, math and lists libraries that `FUNCTIONS` names.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import sys
@@ -30,6 +31,8 @@ from cel.stdlib import STDLIB_FUNCTIONS  # noqa: E402
 
 if sys.modules["cel.cli"] is _COMMAND_LINE:
     del sys.modules["cel.cli"]
+# It warns of each error of a function, which is raised as well.
+logging.getLogger("cel").setLevel(logging.CRITICAL)
 
 #: How an author reaches a value: `("classify", "kind")`; `*` stands for any item of a list.
 Path: TypeAlias = tuple[str, ...]
@@ -39,12 +42,16 @@ Path: TypeAlias = tuple[str, ...]
 MAX_LENGTH: Final = 4_000
 #: Most tokens of one expression.
 MAX_TOKENS: Final = 500
-#: Deepest nesting of brackets and conditionals.
+#: Deepest nesting of brackets and conditionals; a macro counts as three, since it is compiled to as many.
 MAX_NESTING: Final = 30
 #: Deepest nesting of a value that an expression other than a plain path may look at.
 MAX_DATA_NESTING: Final = 100
 #: Longest text that an interpolation or a function may build, in characters.
 MAX_TEXT: Final = 10_000_000
+#: Most items that the macros of one expression (`map`, `all`, …) may go over in all.
+MAX_ITEMS: Final = 500_000
+#: Largest list that a macro may build, in characters; an item counts as 32 more.
+MAX_LIST: Final = 50_000_000
 
 
 def _words(text: str) -> frozenset[str]:
@@ -89,12 +96,21 @@ def _join(items: list[str], separator: str = "") -> str:
     return separator.join(items)
 
 
+def _distinct(items: list[Any]) -> list[Any]:
+    # The library's own looks through all that it has for each item.
+    seen: dict[object, Any] = {}
+    for item in items:
+        seen.setdefault(json.dumps(item, sort_keys=True) if isinstance(item, list | dict) else item, item)
+    return list(seen.values())
+
+
 #: What an expression may call besides the functions of CEL itself.
 FUNCTIONS: Final[Mapping[str, Callable[..., Any]]] = {
     **{name: STDLIB_FUNCTIONS[name] for name in _LIBRARY},
     "string": _string,
     "replace": _replace,
     "join": _join,
+    "distinct": _distinct,
 }
 
 
@@ -312,6 +328,77 @@ def _as_text(value: JsonValue) -> str:
 
 # Expressions
 
+#: Items that `map` and `filter` go over at a time.
+_PART: Final = 16
+
+
+class _Work:
+    """What the macros of one evaluation have done, and the functions that keep it within bounds.
+
+    An expression is evaluated in one call that nothing interrupts, so one that goes over too much has to stop itself,
+    and has to let the other threads of the worker run meanwhile, as each call of a function does. The library's `map`
+    and `filter` copy all that they have with each item: a list of 100,000 would take minutes. So they are given a
+    list in parts, and what comes of those is kept here: `list.map(x, f)` is compiled as
+    `list.__parts(1).all(part, __keep(1, part.map(x, f))).__kept(1)`, where 1 says which macro it is.
+    """
+
+    def __init__(self) -> None:
+        self._items = 0
+        self._built: dict[int, list[Any]] = {}
+        #: Why it was stopped; `None` if it was not. `all` and `exists` go on over an error, and may come to a value.
+        self.refused: str | None = None
+        self.functions: Mapping[str, Callable[..., Any]] = {
+            "__counted": self._counted,
+            "__parts": self._parts,
+            "__keep": self._keep,
+            "__kept": self._kept,
+        }
+
+    def _counted(self, value: Any) -> Any:
+        if isinstance(value, list | dict):
+            self._items += len(value)
+            if self._items > MAX_ITEMS:
+                self._refuse(f"it goes over more than {MAX_ITEMS} items in all")
+        return value
+
+    def _parts(self, value: Any, macro: int) -> Any:
+        value = self._counted(value)
+        if not isinstance(value, list | dict):
+            # The library says what is wrong with it.
+            return value
+        self._built[macro] = []
+        items = list(value)
+        return [items[start : start + _PART] for start in range(0, len(items), _PART)]
+
+    def _keep(self, macro: int, items: list[Any]) -> bool:
+        self._built[macro] += items
+        return True
+
+    def _kept(self, _: bool, macro: int) -> list[Any]:
+        built = self._built.pop(macro)
+        if _outgrows(built, MAX_LIST):
+            self._refuse(f"it builds a list of more than {MAX_LIST} characters")
+        return built
+
+    def _refuse(self, reason: str) -> None:
+        self.refused = reason
+        raise ValueError(reason)
+
+
+def _outgrows(value: object, most: int) -> bool:
+    left, todo = most, [value]
+    while todo and left >= 0:
+        match todo.pop():
+            case str() as text:
+                left -= len(text)
+            case list() as items:
+                left -= 32 * len(items)
+                todo += items
+            case dict() as fields:
+                left -= 32 * len(fields)
+                todo += fields.values()
+    return left < 0
+
 
 #: Which parts of the scope an expression looks at: a name maps to what is looked at below it, `None` to all of it.
 _View: TypeAlias = "dict[str, _View | None]"
@@ -329,15 +416,21 @@ class _Expression:
     plain: Path | None
     functions: Mapping[str, Callable[..., Any]]
     view: _View
+    #: Whether it has macros, whose work is measured.
+    measured: bool
 
     def evaluate(self, scope: Mapping[str, JsonValue]) -> JsonValue:
         if self.plain:
             return self._lookup(self.plain, scope)
         seen = self._visible(scope)
+        work = _Work()
         try:
-            value = self.program.execute(cel.Context(seen, dict(self.functions)))
+            functions = {**self.functions, **work.functions} if self.measured else dict(self.functions)
+            value = self.program.execute(cel.Context(seen, functions))
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise self.error(self._explain(error, scope)) from error
+            raise self.error(work.refused or self._explain(error, scope)) from error
+        if work.refused:
+            raise self.error(work.refused)
         try:
             return _to_json(value)
         except ValueError as error:
@@ -485,7 +578,8 @@ def _expression(text: str) -> _Expression:
     if nesting > MAX_NESTING:
         raise ExpressionError(f"in {_shown(text)}: nested deeper than {MAX_NESTING} levels")
     found = _scan(text, expanded)
-    source = text if len(expanded) == len(tokens) else " ".join(token.text for token in expanded)
+    written = _measured(expanded)
+    source = text if len(written) == len(tokens) else " ".join(token.text for token in written)
     try:
         program = cel.compile(source)
     except ValueError as error:
@@ -497,6 +591,7 @@ def _expression(text: str) -> _Expression:
         plain=_plain_path(expanded),
         functions={name: FUNCTIONS[name] for name in found.functions if name in FUNCTIONS},
         view=_view(found.paths),
+        measured=len(written) > len(expanded),
     )
 
 
@@ -589,13 +684,14 @@ def _checked(text: str) -> list[_Token]:
 
 
 def _nesting(tokens: list[_Token]) -> int:
-    depth = deepest = 0
-    for token in tokens:
+    opened: list[int] = []
+    deepest = 0
+    for position, token in enumerate(tokens):
         if token.text in ("(", "[", "{"):
-            depth += 1
-        elif token.text in (")", "]", "}"):
-            depth -= 1
-        deepest = max(deepest, depth)
+            opened.append(3 if _is_macro(tokens, position - 1) else 1)
+        elif token.text in (")", "]", "}") and opened:
+            opened.pop()
+        deepest = max(deepest, sum(opened))
     return deepest + sum(token.text == "?" for token in tokens)
 
 
@@ -636,6 +732,33 @@ def _expand_star(text: str, tokens: list[_Token], position: int, expanded: list[
             break
     expanded += [_Token("sign", ")", 0)] * opened
     return position
+
+
+def _measured(tokens: list[_Token]) -> list[_Token]:
+    """The macros of an expression with what bounds their work: see `_Work`."""
+    written: list[_Token] = []
+    closing: dict[int, Iterable[_Token]] = {}
+    for position, token in enumerate(tokens):
+        if _is_macro(tokens, position) and token.text in ("map", "filter"):
+            part = f"__part{position}"
+            written += _tokens(f"__parts({position}).all({part}, __keep({position}, {part}.{token.text}")
+            closing[_matching(tokens, position + 1)] = [*_tokens(f")).__kept({position})")]
+        elif _is_macro(tokens, position):
+            written += [*_tokens("__counted()."), token]
+        else:
+            written.append(token)
+        written += closing.get(position, ())
+    return written
+
+
+def _is_macro(tokens: list[_Token], position: int) -> bool:
+    """Whether the name at `position` is a macro that binds a name."""
+    return (
+        _text(tokens, position) in _BINDING
+        and _text(tokens, position - 1) == "."
+        and _text(tokens, position + 1) == "("
+        and _text(tokens, position + 3) == ","
+    )
 
 
 def _is_star(tokens: list[_Token], position: int) -> bool:
@@ -695,7 +818,7 @@ def _scan(text: str, tokens: list[_Token]) -> _Found:
         if after == "{":
             raise ExpressionError(f"in {_shown(text)}: messages like {token.text}{{…}} are not supported")
         if after == "(":
-            if is_member and token.text in _BINDING and _text(tokens, position + 3) == ",":
+            if _is_macro(tokens, position):
                 receiver = ends.get(position - 2)
                 name = _text(tokens, position + 2)
                 bound.append(_Bound(name, _matching(tokens, position + 1), (*receiver, "*") if receiver else None))

@@ -26,7 +26,7 @@ class IngestParams(Params):
 
 
 class Ingest(StepType[IngestParams]):
-    """Its output says what changed: `{"updated", "unchanged", "pruned", "chunks", "embedded"}`, all of them counts."""
+    """Its output says what changed: `{"added", "updated", "unchanged", "removed", "embedded", "chunks"}`, all counts."""
 
     name = "ingest"
     params = IngestParams

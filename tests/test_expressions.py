@@ -10,9 +10,11 @@ import sys
 from typing import Any
 
 import pytest
+from fleet import PATIENCE_S
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ferrum import expressions
 from ferrum.errors import ExpressionError
 from ferrum.expressions import MAX_TEXT, Condition, Template
 
@@ -249,7 +251,8 @@ def refused(text, scope):
 def all_of_it():
     assert Template.compile("{{ " + "!(" * 30 + "true" + ")" * 30 + " }}").evaluate({})
     assert Template.compile("{{ " + "1+" * 249 + "1 }}").evaluate({}) == 250
-    assert Template.compile("{{ " + "[1].map(x," * 29 + "1" + ")" * 29 + " }}").evaluate({})
+    assert Template.compile("{{ " + "[1].map(x," * 9 + "1" + ")" * 9 + " }}").evaluate({})
+    assert refused("{{ " + "[1].map(x," * 11 + "1" + ")" * 11 + " }}", {})
     assert Template.compile("{{ " + "true?1:" * 30 + "1 }}").evaluate({}) == 1
     assert Template.compile("{{ [a] == [a] ? [a] : [] }}").evaluate({"a": deep}) == [deep]
     assert Template.compile("{{ a }}").evaluate({"a": deeper}) is deeper
@@ -261,7 +264,9 @@ thread = threading.Thread(target=all_of_it)
 thread.start()
 thread.join()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
     assert done.stdout == "alive\n", done.stderr
 
 
@@ -343,4 +348,59 @@ assert "prompt_toolkit" not in sys.modules
 import cel.cli
 assert cel.cli.PromptSession
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=PATIENCE_S)
+
+
+_TEN = "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]"
+
+
+def _nested(macro: str, depth: int) -> str:
+    return "true" if depth == 0 else f"{_TEN}.{macro}(x{depth}, {_nested(macro, depth - 1)})"
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        _nested("map", 8),
+        _nested("all", 8),
+        _TEN + f".map(x, {_TEN}).flatten()" * 8,
+        "[0, 1].all(x, " + _nested("all", 8) + " && false || x < 2)",
+    ],
+    ids=["map", "all", "flatten", "an error that is passed over"],
+)
+def test_an_expression_that_would_go_over_too_many_items_is_stopped(bomb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expressions, "MAX_ITEMS", 10_000)
+    with pytest.raises(ExpressionError, match="it goes over more than 10000 items in all"):
+        Template.compile(f"{{{{ {bomb} }}}}").evaluate({})
+
+
+@pytest.mark.parametrize("body", ["x + x", "[x, x]"], ids=["texts", "lists"])
+def test_an_expression_that_would_build_too_much_is_stopped(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expressions, "MAX_LIST", 100_000)
+    bomb = "['ten chars.']" + f".map(x, {body})" * 40
+    with pytest.raises(ExpressionError, match="it builds a list of more than 100000 characters"):
+        Template.compile(f"{{{{ {bomb} }}}}").evaluate({})
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("size(many[*].x)", 100_000),
+        ("many.filter(one, one.x > 99_997)[*].x".replace("_", ""), [99_998, 99_999]),
+        ("many.map(one, one.x % 10 == 0, one.x).size()", 10_000),
+        ("many[*].x.distinct().size()", 100_000),
+    ],
+)
+def test_a_hundred_thousand_items_are_gone_over(expression: str, expected: object) -> None:
+    many = [{"x": number} for number in range(100_000)]
+    assert Template.compile(f"{{{{ {expression} }}}}").evaluate({"many": many}) == expected
+
+
+def test_the_same_is_the_same_to_distinct_whatever_it_is() -> None:
+    same = "[1, 1.0, '1', [1, {'a': 2}], [1, {'a': 2}], {'a': 1, 'b': 2}, {'b': 2, 'a': 1}, null, null]"
+    expected = [1, "1", [1, {"a": 2}], {"a": 1, "b": 2}, None]
+    assert Template.compile(f"{{{{ {same}.distinct() }}}}").evaluate({}) == expected
+
+
+def test_macros_go_over_the_keys_of_an_object() -> None:
+    assert Template.compile("{{ o.map(key, key + '!') }}").evaluate({"o": {"only": 1}}) == ["only!"]

@@ -19,6 +19,7 @@ import pytest
 import redis
 from celery import Celery, chord
 from celery.contrib.testing.worker import start_worker
+from fleet import PATIENCE_S
 from kombu import Connection
 
 from ferrum.errors import Unavailable
@@ -40,7 +41,7 @@ sys.exit(int(code))
 """
 
 
-def until(true: Callable[[], object], timeout_s: float = 30) -> None:
+def until(true: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline, "it never came to be"
@@ -231,7 +232,7 @@ def test_ferrum_redis_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
         url = process.stdout.readline().strip()
         assert running(tmp_path) == url
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE_S) == 0
     assert not answers(url)
     assert not alive(tmp_path)
 
@@ -278,7 +279,7 @@ def test_celery_runs_a_chord_over_the_socket_in_the_database_it_was_given(clean_
 
     with start_worker(app, pool="threads", perform_ping_check=False, shutdown_timeout=30):
         result = chord((double.s(n) for n in range(5)), total.s()).delay()
-        assert result.get(timeout=30) == 20
+        assert result.get(timeout=PATIENCE_S) == 20
     app.close()
     with redis.Redis.from_url(clean_redis) as nothing, redis.Redis.from_url(url) as used:
         assert nothing.dbsize() == 0

@@ -84,7 +84,7 @@ def test_what_a_step_gives_an_index_another_finds_with_its_source(fleet: Fleet, 
     view = run({"fill": ingest("pets"), "find": search("pets", "how long does a cat sleep?", needs=["fill"])})
     assert view.status is RunStatus.COMPLETED, view
     said: Any = view.outputs
-    assert said["fill"] == {"updated": 3, "unchanged": 0, "pruned": 0, "chunks": 3, "embedded": 3}
+    assert said["fill"] == {"added": 3, "updated": 0, "unchanged": 0, "removed": 0, "embedded": 3, "chunks": 3}
     first = said["find"]["documents"][0]
     assert (first["source"], first["metadata"]) == ("cats.md", {"kind": "pet"})
     assert first["text"] == "# Cats\n\nA cat sleeps sixteen hours a day."
@@ -97,7 +97,7 @@ def test_only_what_changed_is_put_again_and_what_is_not_given_any_more_goes_if_t
     changed = [{**PETS[0], "text": "# Cats\n\nA cat purrs."}, PETS[1]]
     outputs({"fill": ingest("again")})
     said = outputs({"fill": ingest("again", changed, prune=True)})
-    assert said["fill"] == {"updated": 1, "unchanged": 1, "pruned": 1, "chunks": 1, "embedded": 1}
+    assert said["fill"] == {"added": 0, "updated": 1, "unchanged": 1, "removed": 1, "embedded": 1, "chunks": 2}
     assert sources(outputs({"find": search("again", "iron rusts", mode="text")})["find"]) == []
 
 

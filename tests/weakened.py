@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -20,10 +20,10 @@ import pytest
 from ferrum.errors import FerrumError
 from ferrum.governance.acts import CodeReply, CodeRun
 from ferrum.sandbox import bubblewrap, program, seccomp
-from ferrum.sandbox.backend import Backend, Box, Cell
+from ferrum.sandbox.backend import Backend, Box
 from ferrum.sandbox.bubblewrap import Bubblewrap
 from ferrum.sandbox.job import Job
-from ferrum.sandbox.life import Sandbox
+from ferrum.sandbox.life import Sandbox, Say
 from ferrum.sandbox.runtimes import Runtime, basic
 
 _MACHINE = os.uname().machine
@@ -49,6 +49,10 @@ class Without:
     told: tuple[tuple[str, int], ...] = ()
     #: What covers the telling files of /proc.
     covers: bool = False
+    #: The limit of the wall clock.
+    timeout: bool = False
+    #: The size of what it may write to.
+    sizes: bool = False
     #: What keeps terminals out of /dev.
     devices: bool = False
     #: bwrap gets the worker's environment.
@@ -79,6 +83,9 @@ class Weak(Bubblewrap):
 
     def devices(self) -> list[str]:
         return ["--dev", "/dev"] if self._without.devices else super().devices()
+
+    def writable(self, disk: int) -> list[str]:
+        return super().writable(disk * 16 if self._without.sizes else disk)
 
     def filter(self, files: Any) -> list[str]:
         if self._without.filter:
@@ -121,35 +128,42 @@ def taken_out(without: Without) -> Iterator[None]:
 def run(
     run: CodeRun,
     without: Without = Without(),
-    *,
     files: Mapping[str, bytes] = {},
-    runtime: Runtime | None = None,
-    backend: Backend | None = None,
-    say: Callable[[str, str], None] = lambda stream, text: None,
+    say: Say = lambda stream, text: None,
 ) -> CodeReply:
     """Run code in a sandbox, without some of what it is made of."""
-    runtime = runtime or basic()
-    if without.hidden:
-        runtime = replace(runtime, hidden=())
-    job = Job.of(run, files, runtime)
-    for limit in without.limits:
-        del job.told["limits"][limit]
-    job.told.update(dict(without.told))
+    return run_all([(run, files)], without, say)[0]
+
+
+def run_all(
+    runs: Sequence[tuple[CodeRun, Mapping[str, bytes]]],
+    without: Without = Without(),
+    say: Say = lambda stream, text: None,
+) -> list[CodeReply]:
+    """Run several, side by side."""
+    runtime = replace(basic(), hidden=()) if without.hidden else basic()
+    if without.timeout:
+        runs = [(run.model_copy(update={"timeout_s": 60.0}), files) for run, files in runs]
+    jobs = [Job.of(run, files, runtime) for run, files in runs]
+    for job in jobs:
+        for limit in without.limits:
+            del job.told["limits"][limit]
+        job.told.update(dict(without.told))
     with taken_out(without):
-        return asyncio.run(_run(backend or Weak(without), Box.of(run, runtime), job, say))
+        return asyncio.run(_run_all(Weak(without), runtime, jobs, say))
 
 
-async def _run(backend: Backend, box: Box, job: Job, say: Callable[[str, str], None]) -> CodeReply:
+async def _run_all(backend: Backend, runtime: Runtime, jobs: list[Job], say: Say) -> list[CodeReply]:
     with ThreadPoolExecutor(1) as thread:
-        sandbox = await Sandbox.start(backend, box, thread)
-        try:
-            return await sandbox.run(job, say)
-        finally:
-            await sandbox.end()
+        return await asyncio.gather(*(_run(backend, Box.of(job.run, runtime), job, thread, say) for job in jobs))
 
 
-def start(box: Box, backend: Backend) -> Cell:
-    return backend.start(box)
+async def _run(backend: Backend, box: Box, job: Job, thread: ThreadPoolExecutor, say: Say) -> CodeReply:
+    sandbox = await Sandbox.start(backend, box, thread)
+    try:
+        return await sandbox.run(job, say)
+    finally:
+        await sandbox.end()
 
 
 def needed() -> None:

@@ -296,13 +296,15 @@ class NewDocument(BaseModel):
 class IngestReply(Reply):
     """What became of the documents that an index was given."""
 
-    #: Documents that were new or had changed, that were there as they are, and that were removed.
+    #: Documents that are new, that took the place of what was there, that were there as they are, that were taken out.
+    added: int = 0
     updated: int = 0
     unchanged: int = 0
-    pruned: int = 0
-    #: Pieces that were put, and of them those for which a vector had to be made.
-    chunks: int = 0
+    removed: int = 0
+    #: Texts for which a vector had to be made.
     embedded: int = 0
+    #: Pieces that the index has now.
+    chunks: int = 0
 
 
 class Ingest(Act[IngestReply]):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, takewhile
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import JsonValue
 
 from ferrum.retrieval import extract
 from ferrum.retrieval.documents import Original
@@ -36,21 +36,13 @@ CODE: Final = frozenset(
 _SMALL: Final = 1 / 3
 
 
-class Cutting(BaseModel):
-    """How long pieces are."""
+#: The most characters of a piece, where nothing else is said: about what small embedders look at.
+MAX_CHARS: Final = 1000
+#: What may be said instead.
+FEWEST, MOST = 100, 20_000
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    #: No piece has more characters.
-    max_chars: int = Field(1000, ge=100, le=20_000)
-    #: Where a paragraph had to be cut in two, the second piece begins with up to so many characters of the first.
-    overlap: int = Field(100, ge=0)
-
-    @model_validator(mode="after")
-    def _moves_on(self) -> Cutting:
-        if self.overlap > self.max_chars // 4:
-            raise ValueError("overlap must not be more than a quarter of max_chars")
-        return self
+#: Where a paragraph had to be cut in two, up to this share of the bound is in both pieces.
+_OVERLAP: Final = 1 / 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,36 +57,34 @@ class _Section:
     name: str = ""
 
 
-def cut(original: Original, cutting: Cutting = Cutting()) -> list[Chunk]:  # noqa: B008 - it is frozen
-    """The pieces of a document, in order, none of them empty.
+def cut(original: Original, max_chars: int = MAX_CHARS) -> list[Chunk]:
+    """The pieces of a document, in order, none of them empty and none longer than `max_chars`.
 
     Raises `InputError` for what is no text, and for PDF and HTML without the extra that reads them.
     """
     if original.suffix in extract.PDF:
         parts = enumerate(extract.pages(original), 1)
-        return [chunk for page, text in parts for chunk in _chunks(text, _plain(text), cutting, {"page": page})]
+        return [chunk for page, text in parts for chunk in _chunks(text, _plain(text), max_chars, {"page": page})]
     if original.suffix in extract.HTML:
         text = extract.markdown(original)
-        return list(_chunks(text, _markdown(text, cutting), cutting, {}))
+        return list(_chunks(text, _markdown(text, max_chars), max_chars, {}))
     text = original.text
-    return list(_chunks(text, _sections(original.suffix, text, cutting), cutting, None))
+    return list(_chunks(text, _sections(original.suffix, text, max_chars), max_chars, None))
 
 
-def _sections(suffix: str, text: str, cutting: Cutting) -> list[_Section]:
+def _sections(suffix: str, text: str, max_chars: int) -> list[_Section]:
     if suffix in MARKDOWN:
-        return _markdown(text, cutting)
+        return _markdown(text, max_chars)
     if suffix in PYTHON:
-        return _python(text, cutting)
+        return _python(text, max_chars)
     return _code(text) if suffix in CODE else _plain(text)
 
 
-def _chunks(
-    text: str, sections: list[_Section], cutting: Cutting, place: dict[str, JsonValue] | None
-) -> Iterator[Chunk]:
+def _chunks(text: str, sections: list[_Section], max_chars: int, place: dict[str, JsonValue] | None) -> Iterator[Chunk]:
     """`place` is where all of it is; `None` where that is said by lines."""
     lines = _line_starts(text)
     for section in sections:
-        for start, end in _pieces(text, section, cutting):
+        for start, end in _pieces(text, section, max_chars):
             piece = text[start:end]
             position: dict[str, JsonValue] = {} if place is None else {**place}
             if place is None:
@@ -125,7 +115,7 @@ _UNDERLINE: Final = re.compile(r" {0,3}(=+|-+)[ \t]*")
 _NO_TITLE: Final = re.compile(r"\s*$|    |\t| {0,3}(?:[-*+>|#]|\d+[.)])")
 
 
-def _markdown(text: str, cutting: Cutting) -> list[_Section]:
+def _markdown(text: str, max_chars: int) -> list[_Section]:
     """A section for each heading (CommonMark 4.2 and 4.3), from it to the next."""
     starts = _line_starts(text)
     found = [(0, 0, ""), *((starts[line], level, title) for line, level, title in _titles(text.split("\n")))]
@@ -134,7 +124,7 @@ def _markdown(text: str, cutting: Cutting) -> list[_Section]:
         if title:
             path = [*((deep, above) for deep, above in path if deep < level), (level, title)]
         sections.append(_Section(start, end, tuple(title for _, title in path)))
-    return _joined(sections, int(cutting.max_chars * _SMALL))
+    return _joined(sections, int(max_chars * _SMALL))
 
 
 def _titles(lines: list[str]) -> Iterator[tuple[int, int, str]]:
@@ -184,14 +174,14 @@ def _shared(one: tuple[str, ...], other: tuple[str, ...]) -> tuple[str, ...]:
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
-def _python(text: str, cutting: Cutting) -> list[_Section]:
+def _python(text: str, max_chars: int) -> list[_Section]:
     """A section for each function and class, and for what stands between them; a long class is cut at its methods."""
     try:
         module = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return _code(text)
     lines = text.split("\n")
-    return list(_Source(lines, [*_line_starts(text), len(text)], cutting.max_chars).sections(module, 0, len(text), ""))
+    return list(_Source(lines, [*_line_starts(text), len(text)], max_chars).sections(module, 0, len(text), ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,48 +266,40 @@ def _line_starts(text: str) -> list[int]:
 # Pieces.
 
 _BLANK: Final = re.compile(r"(?:[^\S\n]*\n)*")
-#: Where a text is best cut, the best first.
-_BOUNDARIES: Final = (
-    re.compile(r"\n[^\S\n]*\n"),
-    re.compile(r"\n"),
-    re.compile(r"[.!?…。！？][)\"'”’]*(?:\s|(?<=[。！？]))"),
-    re.compile(r"\s"),
-)
+_PARAGRAPH: Final = re.compile(r"\n[^\S\n]*\n")
+_LINE: Final = re.compile(r"\n")
+_SENTENCE: Final = re.compile(r"[.!?…。！？][)\"'”’]*(?:\s|(?<=[。！？]))")
+_WORD: Final = re.compile(r"\s")
+#: Where a text is best cut, the best first; and where what is said again may begin.
+_BOUNDARIES: Final = ((_PARAGRAPH, None), (_LINE, _LINE), (_SENTENCE, _WORD), (_WORD, _WORD))
 
 
-def _pieces(text: str, section: _Section, cutting: Cutting) -> Iterator[tuple[int, int]]:
+def _pieces(text: str, section: _Section, max_chars: int) -> Iterator[tuple[int, int]]:
     """Where each piece of a section begins and ends; a piece begins with a line that is not blank."""
     start, end = section.start, section.start + len(text[section.start : section.end].rstrip())
     while start < end:
-        start = min(end, _blank_to(text, start))
-        if end - start <= cutting.max_chars:
+        blank = _BLANK.match(text, start, end)
+        start = blank.end() if blank else start
+        if end - start <= max_chars:
             stop, following = end, end
         else:
-            stop, following = _stop(text, start, start + cutting.max_chars, cutting.overlap)
+            stop, following = _stop(text, start, max_chars)
         if text[start:stop].strip():
             yield start, start + len(text[start:stop].rstrip())
         start = following
 
 
-def _blank_to(text: str, start: int) -> int:
-    blank = _BLANK.match(text, start)
-    return blank.end() if blank else start
-
-
-def _stop(text: str, start: int, most: int, overlap: int) -> tuple[int, int]:
-    """Where a piece that begins at `start` ends, at `most` at the latest, and where the next begins."""
+def _stop(text: str, start: int, max_chars: int) -> tuple[int, int]:
+    """Where a piece that begins at `start` ends, and where the next one begins: a little before, within a paragraph."""
     # A first third is too short to be a piece of its own, if it can be helped.
-    least = start + (most - start) // 3
-    for boundary in _BOUNDARIES:
+    least, most = start + max_chars // 3, start + max_chars
+    for boundary, again in _BOUNDARIES:
         ends = [found.end() for found in boundary.finditer(text, least, most)]
         if ends:
-            return ends[-1], ends[-1] if boundary is _BOUNDARIES[0] else _back(text, ends[-1], overlap)
-    return most, _back(text, most, overlap)
+            return ends[-1], _back(text, ends[-1], max_chars, again)
+    return most, _back(text, most, max_chars, _WORD)
 
 
-def _back(text: str, stop: int, overlap: int) -> int:
-    """Where to begin so that up to `overlap` characters before `stop` are said again: at a line, or at a word."""
-    for boundary in (_BOUNDARIES[1], _BOUNDARIES[3]):
-        if (found := boundary.search(text, stop - overlap, stop)) and found.end() < stop:
-            return found.end()
-    return stop
+def _back(text: str, stop: int, max_chars: int, again: re.Pattern[str] | None) -> int:
+    found = again.search(text, stop - int(max_chars * _OVERLAP), stop) if again else None
+    return found.end() if found else stop

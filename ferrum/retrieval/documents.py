@@ -6,8 +6,10 @@ import glob
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -20,6 +22,8 @@ from ferrum.retrieval.store import SOURCE
 LARGEST: Final = 64 * 2**20
 #: Source names are shown, kept and compared.
 LONGEST_NAME: Final = 1000
+
+_SURROGATES: Final = re.compile("[\ud800-\udfff]")
 
 #: Folders that hold no documents; so does everything whose name begins with a dot.
 _NOT_READ: Final = frozenset({"node_modules", "__pycache__"})
@@ -77,7 +81,7 @@ class LeftOut:
 def clean(text: str) -> str:
     """Text that every store can keep: line ends are `\\n`, and what is no character is `�`."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "�")
-    return text if text.isascii() else text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return text if text.isascii() else _SURROGATES.sub("�", text)
 
 
 def read(
@@ -119,16 +123,31 @@ def _paths(asked: str, origin: str) -> list[str]:
         return list(_walk(origin))
     if os.path.lexists(origin):
         return [origin]
-    found = sorted(path for path in glob.glob(origin, recursive=True) if os.path.isfile(path))  # noqa: PTH207, PTH113
+    found = _matches(origin)
     if not found:
         raise InputError(f"{asked!r}: there is no such file or folder, and as a pattern it matches nothing")
     return found
 
 
+def _matches(pattern: str) -> list[str]:
+    """The files that a pattern matches; it follows no links to folders, so it comes to an end."""
+    parts = Path(pattern).parts
+    fixed = list(takewhile(lambda part: not glob.has_magic(part), parts))
+    if len(fixed) == len(parts):
+        return []
+    top = Path(*fixed)
+    found = (path for path in top.glob(str(Path(*parts[len(fixed) :]))) if path.is_file())
+    return sorted(str(path) for path in found if all(map(_is_read, path.relative_to(top).parts)))
+
+
+def _is_read(name: str) -> bool:
+    return not name.startswith(".") and name not in _NOT_READ
+
+
 def _walk(folder: str) -> Iterator[str]:
     for at, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _NOT_READ)
-        yield from (os.path.normpath(Path(at) / name) for name in sorted(files) if not name.startswith("."))
+        folders[:] = sorted(filter(_is_read, folders))
+        yield from (os.path.normpath(Path(at) / name) for name in sorted(filter(_is_read, files)))
 
 
 def _document(path: str, metadata: Mapping[str, JsonValue], origin: str, *, named: bool) -> Original | LeftOut:

@@ -125,12 +125,12 @@ def _lexical(texts: Sequence[str]) -> Matrix:
 
 @lru_cache(maxsize=100_000)
 def _places(word: str) -> tuple[Any, Any]:
-    """Where a word adds to a vector (feature hashing, Weinberger et al. 2009): once whole, and less by its trigrams."""
+    """Where a word adds to a vector (feature hashing, Weinberger et al. 2009): half as a whole, and half by its trigrams."""
     import numpy
 
     framed = f"^{word}$"
     grams = [framed[at : at + 3] for at in range(len(framed) - 2)] if len(word) > 2 else []
-    weights = [1.0, *[0.5 / math.sqrt(len(grams) or 1)] * len(grams)]
+    weights = [1.0, *[1 / math.sqrt(len(grams) or 1)] * len(grams)]
     hashes = [int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "big") for part in (word, *grams)]
     signs = [weight if number & 1 else -weight for weight, number in zip(weights, hashes, strict=True)]
     return numpy.array([(number >> 1) % DIMENSION for number in hashes]), numpy.array(signs, numpy.float32)

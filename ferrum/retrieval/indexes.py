@@ -20,7 +20,7 @@ from ferrum.errors import Conflict, InputError, NotFound, SettingsError
 from ferrum.governance.acts import Ingest, IngestReply, Search, SearchReply
 from ferrum.retrieval import embedders
 from ferrum.retrieval import search as searching
-from ferrum.retrieval.cutting import Cutting, cut
+from ferrum.retrieval.cutting import FEWEST, MAX_CHARS, MOST, cut
 from ferrum.retrieval.documents import LeftOut, Original, check_metadata, clean
 from ferrum.retrieval.store import SOURCE, Chunk, Counts, Index, Source, Store, Update, Vector
 from ferrum.settings import Settings
@@ -132,7 +132,7 @@ class Indexes:
         originals: Iterable[Original | LeftOut],
         *,
         embed: Embed | None = None,
-        cutting: Cutting = Cutting(),  # noqa: B008 - it is frozen
+        max_chars: int = MAX_CHARS,
         prune: Collection[str] = (),
         progress: Callable[[Added], None] | None = None,
     ) -> Added:
@@ -140,13 +140,16 @@ class Indexes:
 
         Only what changed is cut and embedded, and a text that the index has a vector of is not embedded again. Each
         document changes at once as a whole; where this is stopped, what was done stays, and the same call goes on from
-        there. `prune` names origins: what came from these earlier and is not among `originals` any more is taken out.
+        there. A piece has at most `max_chars` characters. `prune` names origins: what came from these earlier and is
+        not among `originals` any more is taken out.
 
         A document that was named by itself and cannot be read raises `InputError`; of a folder or pattern it is left
         out. Raises what `embed` raises.
         """
+        if not FEWEST <= max_chars <= MOST:
+            raise InputError(f"pieces of {max_chars} characters: let them have {FEWEST} to {MOST} at the most")
         index = await asyncio.to_thread(self.describe, tenant, name)
-        adding = _Adding(self.store, index, embed, cutting, progress or (lambda _: None))
+        adding = _Adding(self.store, index, embed, max_chars, progress or (lambda _: None))
         return await adding.all(originals, prune)
 
     async def ingest(self, tenant: str, act: Ingest, *, embed: Embed | None = None, default: str) -> IngestReply:
@@ -163,6 +166,7 @@ class Indexes:
             updated=done.updated,
             unchanged=done.unchanged,
             removed=done.removed,
+            embedded=done.embedded,
             chunks=counts.chunks,
         )
 
@@ -232,12 +236,12 @@ class _Adding:
     """One call of `add`."""
 
     def __init__(
-        self, store: Store, index: Index, embed: Embed | None, cutting: Cutting, progress: Callable[[Added], None]
+        self, store: Store, index: Index, embed: Embed | None, max_chars: int, progress: Callable[[Added], None]
     ) -> None:
         self._store = store
         self._index = index
         self._embed = embed
-        self._cutting = cutting
+        self._max_chars = max_chars
         self._progress = progress
         #: Documents that are cut and not in the store yet.
         self._pending: list[Update] = []
@@ -267,7 +271,7 @@ class _Adding:
         return self._added
 
     async def _one(self, original: Original, seen: dict[str, str]) -> None:
-        digest = await asyncio.to_thread(original.digest, self._cutting.model_dump())
+        digest = await asyncio.to_thread(original.digest, self._max_chars)
         source = Source(original.name, digest, original.origin, original.metadata)
         if original.name in seen:
             # Two patterns may well match the same file.
@@ -279,7 +283,7 @@ class _Adding:
             self._added.unchanged += 1
             return
         try:
-            chunks = await asyncio.to_thread(cut, original, self._cutting)
+            chunks = await asyncio.to_thread(cut, original, self._max_chars)
         except InputError as error:
             if original.origin in ("", "-", original.name):
                 raise

@@ -50,11 +50,11 @@ ETC: dict[str, bytes] = {
 
 #: What `/proc` tells of the machine, or lets be done to it. What programs need (`meminfo`, `cpuinfo`, `stat`, one's own
 #: processes) stays.
-_TELLING = (
+TELLING = (
     "acpi", "asound", "bootconfig", "buddyinfo", "bus", "cgroups", "cmdline", "config.gz", "consoles", "crypto",
     "devices", "diskstats", "dma", "driver", "dynamic_debug", "execdomains", "fb", "fs", "interrupts", "iomem",
     "ioports", "irq", "kallsyms", "kcore", "key-users", "keys", "kmsg", "kpagecgroup", "kpagecount", "kpageflags",
-    "latency_stats", "locks", "mdstat", "misc", "modules", "mtrr", "pagetypeinfo", "partitions", "pressure",
+    "latency_stats", "mdstat", "misc", "modules", "mtrr", "pagetypeinfo", "partitions", "pressure",
     "sched_debug", "schedstat", "scsi", "slabinfo", "softirqs", "swaps", "sys", "sysrq-trigger", "sysvipc",
     "timer_list", "timer_stats", "tty", "version_signature", "vmallocinfo", "vmstat", "zoneinfo",
 )  # fmt: skip
@@ -202,7 +202,7 @@ class Bubblewrap(Backend):
 
     def proc(self) -> list[str]:
         arguments = ["--proc", "/proc"]
-        for name in _TELLING:
+        for name in TELLING:
             path = Path("/proc", name)
             if path.is_dir():
                 arguments += ["--tmpfs", str(path), "--remount-ro", str(path)]

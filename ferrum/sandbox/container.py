@@ -26,7 +26,7 @@ from resource import RLIM_INFINITY, RLIMIT_NOFILE, RLIMIT_NPROC, getrlimit
 
 from ferrum.sandbox import program, seccomp, skeleton
 from ferrum.sandbox.backend import Backend, Box, Cell, Kind, MemoryBy, Missing, Unconfined
-from ferrum.sandbox.bubblewrap import NOBODY
+from ferrum.sandbox.bubblewrap import NOBODY, TELLING
 from ferrum.sandbox.held import Holder
 from ferrum.sandbox.profile import profile
 
@@ -40,7 +40,14 @@ _OUR_PROCESSES = 4
 _FOR_PROGRAMS = ("DOCKER_", "CONTAINER", "XDG_", "DBUS_")
 _ALSO_FOR_PROGRAMS = frozenset({"PATH", "HOME", "USER", "LOGNAME", "TMPDIR"})
 #: No proxies of ours, no list of hosts, nothing that can be written to and was not asked for.
-_PODMAN = ("--http-proxy=false", "--no-hosts", "--read-only-tmpfs=false", "--systemd=false")
+_PODMAN = (
+    "--http-proxy=false",
+    "--no-hosts",
+    "--read-only-tmpfs=false",
+    "--systemd=false",
+    # What tells of the machine; docker hides less of it, and has no word for more.
+    f"--security-opt=mask=/sys:{':'.join(f'/proc/{name}' for name in TELLING)}",
+)
 _CAPABILITIES = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 _NAMESPACES = ("ipc", "mnt", "net", "pid", "uts")
 
@@ -351,6 +358,6 @@ def _explained(words: str) -> str:
         return "podman cannot run rootless here: apt install uidmap, and add this user to /etc/subuid and /etc/subgid"
     if "hybrid mode" in words:
         return "crun does not know this machine's cgroups: apt install runc && apt remove crun"
-    if "docker daemon" in words:
+    if "Docker daemon" in words:
         return "start the docker daemon, and let this user use it: usermod -aG docker USER"
     return ""

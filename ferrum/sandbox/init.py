@@ -662,6 +662,8 @@ class _Collect:
             encoded = name.encode()
         except UnicodeEncodeError:
             return self._refuse(path, "its name is not UTF-8")
+        if not name.isprintable() or "\\" in name:
+            return self._refuse(path, "its name cannot be written down")
         file = os.open(path[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
         try:
             size = os.fstat(file).st_size
@@ -736,9 +738,13 @@ def _write_all(descriptor: int, data: bytes | bytearray) -> None:
 
 
 def _read(path: str) -> bytes:
+    """The beginning of a file of /proc, which is given out in small pieces."""
     file = os.open(path, os.O_RDONLY)
     try:
-        return os.read(file, _CHUNK)
+        read = b""
+        while len(read) < _CHUNK and (more := os.read(file, _CHUNK)):
+            read += more
+        return read
     finally:
         os.close(file)
 

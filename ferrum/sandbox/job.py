@@ -128,7 +128,7 @@ def limits(run: CodeRun) -> dict[int, int]:
     """What the kernel holds each process to, by the numbers of setrlimit(2)."""
     return {
         # Not close: address space is also what is never used. The watchdog is the closer one.
-        resource.RLIMIT_AS: 2 * run.memory + 2**30,
+        resource.RLIMIT_AS: 2 * run.memory + 2**31,
         # PID 1 is one of them.
         resource.RLIMIT_NPROC: run.processes + 1,
         resource.RLIMIT_NOFILE: MOST_OPEN,
