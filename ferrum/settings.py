@@ -40,7 +40,7 @@ class Settings(BaseModel):
         None, description="Redis of the fleet; `REDIS_URL` is read too. Without it: the private one of `ferrum redis`."
     )
     home: Path = Field(
-        Path("~/.local/state/ferrum"), description="Where a private Redis and local artifacts keep their data."
+        Path("~/.local/state/ferrum"), description="Where a private Redis, local artifacts and indexes keep their data."
     )
     artifacts: str | None = Field(
         None,
