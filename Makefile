@@ -41,6 +41,9 @@ $(UV): .ci/uv.py
 lock: $(UV) ## pin what pyproject.toml asks for; UPGRADE=1 to take the newest of everything
 	@$(UV) pip compile pyproject.toml --quiet --output-file requirements.lock --universal --python-version 3.11 \
 		--all-extras --group dev --generate-hashes --no-header --no-emit-index-url --no-emit-find-links $(if $(UPGRADE),--upgrade)
+	@printf 'numpy\npandas\nmatplotlib\n' | $(UV) pip compile - --constraint requirements.lock --quiet --universal --python-version 3.11 \
+		--generate-hashes --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
+		--output-file ferrum/sandbox/python-data.txt
 
 check: setup ## style, types, the order of the rooms, the lock
 	@$(BIN)/ruff check .

@@ -81,8 +81,8 @@ CHILDREN, RUN, CACHE, LIMIT = "children", "run", "cache", "limit"
 class Actors(Protocol):
     """What carries out acts once they are allowed; nothing but the executor calls it."""
 
-    def warm(self) -> None:
-        """Import what acts need, so that the first is not slow."""
+    async def warm(self, kinds: frozenset[str]) -> None:
+        """Make ready what acts of these kinds need, so that the first is not slow, and say what is missing."""
         ...
 
     def estimate(self, act: Act[Any]) -> Usage:

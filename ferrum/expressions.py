@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -137,12 +137,17 @@ class Template:
         """Raises `ExpressionError` for the first expression that is none."""
         return cls(value, _node(value, 0))
 
-    def evaluate(self, scope: Mapping[str, JsonValue]) -> JsonValue:
+    def evaluate(
+        self, scope: Mapping[str, JsonValue], write: Write | None = None, within: Collection[str] = ()
+    ) -> JsonValue:
         """The value with every expression replaced by what it comes to.
 
-        Plain paths give what is in `scope` itself and not a copy. Raises `ExpressionError`.
+        Plain paths give what is in `scope` itself and not a copy. In the fields of an object that are `within`, `write`
+        is asked first how to write a value. Raises `ExpressionError`.
         """
-        return _evaluate(self._node, scope)
+        if write is None or not isinstance(self._node, _Fields):
+            return _evaluate(self._node, scope, None)
+        return {key: _evaluate(item, scope, write if key in within else None) for key, item in self._node.nodes.items()}
 
     def __repr__(self) -> str:
         return f"Template({self.source!r})"
@@ -195,6 +200,10 @@ class Condition:
 
 
 # Templates
+
+
+#: How a value is written that an expression with these paths came to; `None`: as ever.
+Write: TypeAlias = "Callable[[frozenset[Path], JsonValue], JsonValue]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,24 +292,25 @@ def _expressions(node: _Node) -> Iterator[_Expression]:
                 yield from _expressions(item)
 
 
-def _evaluate(node: _Node, scope: Mapping[str, JsonValue]) -> JsonValue:
+def _evaluate(node: _Node, scope: Mapping[str, JsonValue], write: Write | None) -> JsonValue:
     match node:
         case _Expression():
-            return node.evaluate(scope)
+            value = node.evaluate(scope)
+            return value if write is None or (written := write(node.paths, value)) is None else written
         case _Text(parts):
-            return _interpolate(parts, scope)
+            return _interpolate(parts, scope, write)
         case _Items(nodes):
-            return [_evaluate(item, scope) for item in nodes]
+            return [_evaluate(item, scope, write) for item in nodes]
         case _Fields(fields):
-            return {key: _evaluate(item, scope) for key, item in fields.items()}
+            return {key: _evaluate(item, scope, write) for key, item in fields.items()}
     return node
 
 
-def _interpolate(parts: Iterable[str | _Expression], scope: Mapping[str, JsonValue]) -> str:
+def _interpolate(parts: Iterable[str | _Expression], scope: Mapping[str, JsonValue], write: Write | None) -> str:
     texts: list[str] = []
     length = 0
     for part in parts:
-        text = part if isinstance(part, str) else _as_text(part.evaluate(scope))
+        text = part if isinstance(part, str) else _as_text(_evaluate(part, scope, write))
         length += len(text)
         if length > MAX_TEXT and isinstance(part, _Expression):
             raise part.error(f"the text around it grows beyond {MAX_TEXT} characters")

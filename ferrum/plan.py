@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, runt
 from pydantic import JsonValue, ValidationError
 
 from ferrum.errors import Problem, WorkflowError, did_you_mean
-from ferrum.expressions import Condition, Template
+from ferrum.expressions import Condition, Path, Template
 from ferrum.governance.budget import Limits, ceilings
 from ferrum.record import LANES, Edge, Frame, NewRun, Node, Read
 from ferrum.settings import settings
 from ferrum.steps import Params, StepType, step_types
+from ferrum.untrusted import marked
 from ferrum.workflow import COMMON, Defaults, Retry, Step, Workflow, inner_needs, labels
 
 if TYPE_CHECKING:
@@ -104,8 +105,8 @@ class Body:
         before = {need for needs in self.needs.values() for need in needs}
         return [name for name in self.steps if name not in before]
 
-    def segment_of(self, name: str) -> Segment:
-        return next(segment for segment in self.segments if name in segment.steps)
+    def starting_with(self, head: str) -> Segment:
+        return next(segment for segment in self.segments if head in segment.heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,8 @@ class PlannedStep:
     params_of: PlannedStep | None = None
     #: It is inside of something that undoes.
     undoing: bool = False
+    #: The names that stand for text which somebody else wrote.
+    foreign: frozenset[str] = frozenset()
     #: The body that it is part of.
     body: str = ""
 
@@ -167,7 +170,7 @@ class PlannedStep:
 
         Raises `ExpressionError`, and `WorkflowError` when a value does not fit.
         """
-        values = self.params.evaluate(scope)
+        values = self.params.evaluate(scope, self._written if self.foreign else None, self.type.prompts)
         assert isinstance(values, dict)
         try:
             checked: Params = self.type.params.model_validate(values | self.fixed)
@@ -176,6 +179,11 @@ class PlannedStep:
                 Problem(_sentence(one), f"steps.{self.id}{_path(one['loc'])}") for one in error.errors()
             ) from None
         return checked
+
+    def _written(self, paths: frozenset[Path], value: JsonValue) -> JsonValue:
+        """Text that somebody else wrote, marked for whoever reads the prompt."""
+        origins = sorted(self.foreign.intersection(path[0] for path in paths))
+        return marked(value, origins[0]) if origins else None
 
 
 @runtime_checkable
@@ -227,7 +235,8 @@ class Plan:
 
     @classmethod
     def loads(cls, document: str) -> Plan:
-        return cls(Workflow.of(json.loads(document)))
+        """The plan that has this `document`."""
+        return cls(Workflow.kept(document))
 
     @property
     def lane(self) -> int:
@@ -367,7 +376,7 @@ class Plan:
         if "" in body.steps:
             return body.segments[0], head
         name = head.rpartition(".")[2]
-        return body.segment_of(name), head[: len(head) - len(name)]
+        return body.starting_with(name), head[: len(head) - len(name)]
 
     def canvas(
         self, run_id: str, segment: Segment, prefix: str = "", lane: int | None = None, app: Celery | None = None
@@ -402,7 +411,7 @@ class Plan:
 
 @lru_cache(maxsize=64)
 def _remembered(document: str) -> Plan:
-    return Plan.loads(document)
+    return Plan(Workflow.of(json.loads(document)))
 
 
 def task_id(run_id: str, step_id: str) -> str:
@@ -489,6 +498,8 @@ class _Bound:
     parts: int
     #: The step's name behind those.
     step: str = ""
+    #: It holds text that somebody else wrote.
+    foreign: bool = False
 
 
 _Scope: TypeAlias = Mapping[str, _Bound]
@@ -529,7 +540,10 @@ class _Compiler:
         if only:
             self._add(frame, only[0], _Place(scope, (), frame, undoing))
             return body
-        inner = {**scope, **{name: _Bound("step", _parts(frame), name) for name in specs}}
+        inner = {
+            **scope,
+            **{name: _Bound("step", _parts(frame), name, foreign=_is_foreign(spec)) for name, spec in specs.items()},
+        }
         for name, spec in specs.items():
             self._add(ids[name], spec, _Place(inner, needs[name], frame, undoing))
         return body
@@ -560,7 +574,10 @@ class _Compiler:
     def _each(self, id: str, spec: Step, place: _Place) -> None:
         frame = f"{id}.*"
         here = _parts(frame)
-        scope = {**place.scope, spec.item: _Bound("item", here), spec.index: _Bound("number", here)}
+        foreign = any(
+            place.scope[name].foreign for name in Template.compile(spec.for_each).references & place.scope.keys()
+        )
+        scope = {**place.scope, spec.item: _Bound("item", here, foreign=foreign), spec.index: _Bound("number", here)}
         body = self._inside(frame, spec, scope, place, _Layer.REPEAT)
         params: dict[str, JsonValue] = {
             "for_each": spec.for_each,
@@ -572,7 +589,11 @@ class _Compiler:
     def _repeat(self, id: str, spec: Step, place: _Place, *, outer: bool) -> None:
         frame = f"{id}.*"
         here = _parts(frame)
-        scope = {**place.scope, "previous": _Bound("item", here), "round": _Bound("number", here)}
+        scope = {
+            **place.scope,
+            "previous": _Bound("item", here, foreign=_is_foreign(spec)),
+            "round": _Bound("number", here),
+        }
         body = self._inside(frame, spec, scope, place, _Layer.ACT)
         assert spec.repeat is not None
         params: dict[str, JsonValue] = {"max": spec.repeat.max, "on_max": spec.repeat.on_max}
@@ -649,6 +670,7 @@ class _Compiler:
             limits=limits,
             undoable=recovers and spec.compensate is not None,
             undoing=place.undoing,
+            foreign=frozenset(name for name in references & place.scope.keys() if place.scope[name].foreign),
             body=place.body,
         )
         self.steps[id] = step
@@ -694,6 +716,14 @@ class _Compiler:
         seen = {"output": _Bound("step", _parts(step.id)), "params": _Bound("params", 0, step.id)}
         self._layer(id, spec, _Place({**place.scope, **seen}, (), "", undoing=True), _Layer.ALL, outer=False)
         self.steps[id] = replace(self.steps[id], undoes=step, deadline_s=spec.deadline)
+
+
+def _is_foreign(spec: Step) -> bool:
+    """Whether what a step returns may be text that somebody else wrote."""
+    among = [*spec.steps.values(), *spec.cases.values(), *spec.among.values(), *spec.fallback]
+    if spec.default is not None:
+        among.append(spec.default)
+    return step_types()[spec.type].foreign or any(map(_is_foreign, among))
 
 
 class _Layer(IntEnum):

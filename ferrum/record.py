@@ -13,7 +13,8 @@ Keys, all under `ferrum:{pNN}` where NN is the run's partition:
     :parked:<run>   hash    signatures of waiting steps
     :plan:<sha256>  hash    one JSON object per step, and the workflow itself
     :open:<run>     set     the steps inside of others that were begun and have not ended
-    :inner:<run>    set     the live runs inside of it, each behind the step that it belongs to
+    :inner:<run>    set     the runs inside of it that have not ended, each behind the step that waits for it, or `!`
+    :late:<run>     set     the steps that a deadline waits for
     :undo:<run>     list    the steps that completed and can be undone, in that order
     :leases :timers :asks :ready:<queue>:<lane>   sorted sets of `run step`, by time
     :marks          hash    per queue and lane, when the youngest claimed step had become ready

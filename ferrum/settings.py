@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
@@ -46,6 +47,14 @@ class Settings(BaseModel):
         None,
         description="Artifact store: `file:///path`, `s3://bucket/prefix`, `gs://…`, `az://…`. Default: under `home`.",
     )
+    indexes: SecretStr | None = Field(
+        None,
+        description="Where indexes are kept: a directory `file:///path`, `postgresql://user:password@host/database` "
+        "with pgvector, or a Qdrant, `qdrant+https://:key@host:6333`. Default: `indexes` under `home`.",
+    )
+    embedding: str | None = Field(
+        None, description="Embedder of new indexes that name none: `lexical`, `local`, or a provider's model."
+    )
     policy: Path | None = Field(
         None, description="Policy file; default: `ferrum.policy.yaml` here, else all is denied."
     )
@@ -57,6 +66,14 @@ class Settings(BaseModel):
     prices: Path | None = Field(None, description="Price file: model to US dollars per million tokens, and aliases.")
     tenant: str = Field(
         "default", min_length=1, max_length=100, description="Whose runs this process starts, unless it is said."
+    )
+    sandbox: Literal["auto", "bubblewrap", "gvisor", "container"] = Field(
+        "auto",
+        description="What isolates code: `bubblewrap`, `gvisor` or `container`; `auto` is the first that holds here.",
+    )
+    runtimes: Path | None = Field(
+        None,
+        description="Where the runtimes of the sandbox are, such as those of an image; default: under `home`.",
     )
     imports: str = Field("", description="Modules with your own Celery tasks and functions, comma separated.")
     lease: float = Field(8.0, ge=1, description="A step whose worker was silent this long is given to another.")
@@ -135,7 +152,7 @@ def redact(text: str) -> str:
     """`text` with every secret of this process's environment replaced by `***`.
 
     A secret is the value, of eight characters or more, of a variable whose name says so, and the password in
-    the Redis URL.
+    the Redis URL and in that of the indexes.
     """
     for secret in _secrets():
         text = text.replace(secret, "***")
@@ -149,7 +166,7 @@ def _secrets() -> tuple[str, ...]:
         for name, value in os.environ.items()
         if len(value) >= 8 and any(word in name.upper() for word in _SECRET_WORDS)
     }
-    for name in ("FERRUM_REDIS_URL", "REDIS_URL"):
+    for name in ("FERRUM_REDIS_URL", "REDIS_URL", "FERRUM_INDEXES"):
         credentials = os.environ.get(name, "").partition("://")[2].rpartition("@")[0]
         if password := credentials.partition(":")[2]:
             found.add(password)

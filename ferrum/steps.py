@@ -227,6 +227,10 @@ class StepType(ABC, Generic[P]):
     composed: ClassVar[bool] = False
     #: Its `timeout` is how long it waits, not how long an attempt may take; the workflow's default is not for it.
     waits: ClassVar[bool] = False
+    #: What it returns is text that somebody else wrote: where that enters a prompt, it is marked.
+    foreign: ClassVar[bool] = False
+    #: Those of its parameters that a model reads.
+    prompts: ClassVar[frozenset[str]] = frozenset()
     #: It ends by itself at its `timeout`, and says how; the executor only steps in where it does not.
     keeps_time: ClassVar[bool] = False
 

@@ -284,6 +284,7 @@ def _hand_back_after_grace(process: Process) -> Callable[..., None]:
 
 
 def _warm(process: Process) -> None:
-    """Import what model calls need, now that the worker is ready, where the policy lets any happen."""
-    if any(rule.pattern.startswith(("model:", "*")) for rule in process.executor().policy.rules):
-        threading.Thread(target=process.executor().actors.warm, name="ferrum-warm", daemon=True).start()
+    """Make ready what acts need, now that the worker is, where the policy lets any happen."""
+    executor = process.executor()
+    if kinds := executor.policy.kinds:
+        executor.loop.submit(executor.actors.warm(kinds))

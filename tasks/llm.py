@@ -49,6 +49,7 @@ class LlmParams(Params):
 
 class Llm(StepType[LlmParams]):
     name = "llm"
+    prompts = frozenset({"prompt", "system", "messages"})
     params = LlmParams
     retry = Retry(max_attempts=3)
     timeout_s = 120.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -177,14 +177,7 @@ class Comparison:
                 self._wrong(story.run_id, f"{after} began before {one} was over")
         for step in undone:
             for id, seen in said.undo[step.removesuffix(".compensate")].items():
-                self._step(story, id, self._at_least_once(story, id, seen), cut_off=False)
-
-    def _at_least_once(self, story: Story, step: str, seen: Seen) -> Seen:
-        """What undoes a cancelled run and is to fail first was once seen to act once: not explained yet."""
-        acted = self.effects.get(f"{story.run_id}.{step}", 0)
-        if story.view.status.value == "cancelled" and 0 < acted < seen.effects:
-            return replace(seen, effects=acted)
-        return seen
+                self._step(story, id, seen, cut_off=False)
 
     def _same(self, run_id: str, what: str, found: Any, wanted: Any) -> None:
         if found != wanted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,25 @@ def clean_redis(redis_url: str) -> str:
     """The same URL, with nothing in it when the test begins."""
     flush(redis_url)
     return redis_url
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[object]:
+    """A PostgreSQL with pgvector for the tests of one process: a `Postgres`."""
+    from postgres import CannotStart, Postgres
+
+    try:
+        server = Postgres().start()
+    except CannotStart as reason:
+        # In the summary of warnings, where nobody overlooks it; an error only there where PostgreSQL has to be.
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.warn(f"nothing was tested on PostgreSQL: {reason}", stacklevel=1)
+        pytest.skip(f"no PostgreSQL: {reason}")
+    try:
+        yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -21,18 +21,35 @@ from ferrum.results import RunStatus
 
 T = TypeVar("T")
 
+#: How long a test waits for what has to come. Nothing is proved by it: it only ends a test that would wait for ever,
+#: and a machine that has much else to do may need a good part of it.
+PATIENCE_S = 120.0
+
 #: Tasks that `type: task` steps of tests run; see `user_tasks.py`.
 TASKS = "user_tasks"
 
 
 class Fleet:
-    """Workers that share a home, a policy that allows everything, and whatever else `environ` says."""
+    """Workers that share a home, a policy that allows every tool and index, and whatever else `environ` says.
 
-    def __init__(self, redis_url: str, home: Path, environ: Mapping[str, str] | None = None) -> None:
+    `models`, `code`: it allows every model, and every run of code, too. A worker whose policy does makes ready for them,
+    which for models is two seconds of computing at its start.
+    """
+
+    def __init__(
+        self,
+        redis_url: str,
+        home: Path,
+        environ: Mapping[str, str] | None = None,
+        *,
+        models: bool = False,
+        code: bool = False,
+    ) -> None:
         self.home = home
         self.workers: list[subprocess.Popen[bytes]] = []
         policy = home / "allow-all.policy.yaml"
-        policy.write_text('allow: ["tool:*", "model:*"]\n')
+        kinds = ["tool", "retrieval", "ingest", *(["model"] if models else []), *(["sandbox"] if code else [])]
+        policy.write_text(json.dumps({"allow": [f"{kind}:*" for kind in kinds]}))
         self.environ = {
             **{name: value for name, value in os.environ.items() if not name.startswith("FERRUM_")},
             "FERRUM_REDIS_URL": redis_url,
@@ -62,7 +79,7 @@ class Fleet:
             assert worker.poll() is None, log.read_text()[-4000:]
             return b" ready." in log.read_bytes() and bool(set(ferrum.runs.record().workers()) - before)
 
-        eventually(ready, timeout_s=60)
+        eventually(ready, timeout_s=PATIENCE_S)
         return worker
 
     def log(self, number: int) -> Path:
@@ -74,7 +91,7 @@ class Fleet:
                 worker.send_signal(signal.SIGTERM)
         for worker in self.workers:
             try:
-                worker.wait(20)
+                worker.wait(PATIENCE_S)
             except subprocess.TimeoutExpired:
                 worker.kill()
                 worker.wait()
@@ -87,7 +104,7 @@ def lane(queue: str, number: int = 4) -> str:
     return f"{queue}\x06\x16{number}" if number else queue
 
 
-def eventually(check: Callable[[], T], timeout_s: float = 30, every_s: float = 0.05) -> T:
+def eventually(check: Callable[[], T], timeout_s: float = PATIENCE_S, every_s: float = 0.05) -> T:
     """What `check` returns once it is true."""
     deadline = time.monotonic() + timeout_s
     while not (value := check()):
@@ -96,7 +113,7 @@ def eventually(check: Callable[[], T], timeout_s: float = 30, every_s: float = 0
     return value
 
 
-def ended(run_id: str, timeout_s: float = 60) -> ferrum.runs.RunView:
+def ended(run_id: str, timeout_s: float = PATIENCE_S) -> ferrum.runs.RunView:
     """The run, once it has ended, whatever came of it."""
     eventually(lambda: ferrum.runs.record().status(run_id).ended, timeout_s)
     return ferrum.runs.show(run_id)

@@ -210,7 +210,7 @@ class Office:
     def left_behind(self, run_id: str) -> list[str]:
         """What Redis still holds of an ended run that nobody will ever ask for; and counters that are not even."""
         client, base = self.record._redis, base_of(run_id)
-        found = [key for key in ("open", "parked", "undo") if client.exists(f"{base}:{key}:{run_id}")]
+        found = [key for key in ("open", "parked", "undo", "inner", "late") if client.exists(f"{base}:{key}:{run_id}")]
         for key in client.scan_iter(f"{base}:*", count=1000):
             if client.type(key) == "zset" and not key.endswith(":runs"):
                 found += [f"{key} {name}" for name in client.zrange(key, 0, -1) if run_id in name]

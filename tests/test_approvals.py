@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import redis
-from fleet import Fleet, assert_events_agree, effects, ended, eventually, happened, lines, status_of
+from fleet import PATIENCE_S, Fleet, assert_events_agree, effects, ended, eventually, happened, lines, status_of
 
 import ferrum
 from ferrum.errors import Conflict, NotFound
@@ -77,7 +77,7 @@ def test_an_approved_run_goes_on_and_says_who_approved_it(fleet: Fleet, redis_ur
     approval = asked(run_id)
     assert (approval.step_id, approval.message, approval.act) == ("gate", "Publish it?", None)
     assert ferrum.decide(run_id, approved=True, by="ada", note="looks good") == "gate"
-    assert ferrum.wait(run_id, timeout_s=30) == {"by": "ada", "note": "looks good"}
+    assert ferrum.wait(run_id, timeout_s=PATIENCE_S) == {"by": "ada", "note": "looks good"}
     assert_events_agree(redis_url, run_id)
 
 
@@ -142,7 +142,7 @@ def test_an_act_that_the_policy_asks_about_waits_for_a_yes_to_exactly_it(
     assert "needs a person's yes by ask[0] tool:effects.append" in approval.message
     assert f"{run_id}.act" not in lines(log)
     ferrum.decide(run_id, approved=True, by="ada")
-    assert ferrum.wait(run_id, timeout_s=30) == {"r": "asked"}
+    assert ferrum.wait(run_id, timeout_s=PATIENCE_S) == {"r": "asked"}
     assert lines(log).count(f"{run_id}.act") == 1
     decisions = happened(run_id, "act.decided")
     assert [decision.effect for decision in decisions] == ["ask", "allow"]
@@ -166,7 +166,7 @@ def test_a_yes_does_not_carry_over_to_other_arguments(fleet: Fleet, redis_url: s
     assert isinstance(second.act, dict)
     assert len(first.act["messages"]) < len(second.act["messages"])  # type: ignore[arg-type]
     ferrum.decide(run_id, approved=True, by="ada")
-    assert ferrum.wait(run_id, timeout_s=30) == {"r": 1}
+    assert ferrum.wait(run_id, timeout_s=PATIENCE_S) == {"r": 1}
     assert [decision.effect for decision in happened(run_id, "act.decided")] == [
         "ask",
         "allow",

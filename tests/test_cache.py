@@ -9,7 +9,7 @@ from queue import Queue
 
 import pytest
 import redis
-from fleet import eventually
+from fleet import PATIENCE_S, eventually
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sharing import Clock, connect, lose_an_answer, step
@@ -301,7 +301,7 @@ def test_many_threads_compute_each_thing_once(clean_redis: str) -> None:
 
     def ask(who: Who, digest: str) -> None:
         while isinstance(said := cache.enter(digest, who, HOLD_S), Wait):
-            woken[who].get(timeout=30)
+            woken[who].get(timeout=PATIENCE_S)
         if isinstance(said, Hit):
             found.append(said.envelope)
         else:

@@ -18,7 +18,7 @@ import jsonschema
 import processes
 import pytest
 import yaml
-from fleet import Fleet, eventually, status_of
+from fleet import PATIENCE_S, Fleet, eventually, status_of
 
 from ferrum import cli
 from ferrum.cli.inputs import read_inputs
@@ -270,7 +270,7 @@ def home(tmp_path: Path) -> Iterator[Path]:
     """A home with nothing in it; at the end nothing runs that was told of it."""
     home = tmp_path / "home"
     yield home
-    eventually(lambda: not processes.of(tmp_path), timeout_s=60)
+    eventually(lambda: not processes.of(tmp_path))
 
 
 def alone(home: Path, **more: str) -> dict[str, str]:
@@ -282,7 +282,13 @@ def alone(home: Path, **more: str) -> dict[str, str]:
 def called(home: Path, *arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ferrum", *map(str, arguments)]
     return subprocess.run(
-        command, env=alone(home, **more), cwd=home.parent, capture_output=True, text=True, timeout=60, check=False
+        command,
+        env=alone(home, **more),
+        cwd=home.parent,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
     )
 
 
@@ -331,7 +337,7 @@ def waiting(home: Path, file: Path) -> Iterator[tuple[subprocess.Popen[str], str
 def test_after_ctrl_c_the_run_goes_on(home: Path, tmp_path: Path) -> None:
     with waiting(home, workflow(tmp_path, {"gate": GATE})) as (run, run_id):
         run.send_signal(signal.SIGINT)
-        _, err = run.communicate(timeout=30)
+        _, err = run.communicate(timeout=PATIENCE_S)
     assert run.returncode == 130
     assert f"{run_id} goes on; watch it with: ferrum runs watch {run_id}" in err
     assert "Traceback" not in err
@@ -341,7 +347,7 @@ def test_after_ctrl_c_the_run_goes_on(home: Path, tmp_path: Path) -> None:
         assert run_id in again.stdout.readline()
         assert called(home, "approvals", "approve", run_id, "--by", "kim").returncode == 0
         assert "approved by kim" in again.stdout.read()
-        assert again.wait(30) == 0
+        assert again.wait(PATIENCE_S) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ties a child to its parent")
@@ -353,9 +359,9 @@ def test_who_follows_a_run_brings_back_the_redis_and_the_worker_that_died_under_
         (supervisor,) = [one for one in processes.of(tmp_path) if "ferrum.local.supervisor" in one]
         os.kill(int(supervisor.split()[0]), signal.SIGKILL)
         eventually(lambda: not any("ferrum.local.supervisor" in one for one in processes.of(tmp_path)))
-        eventually(lambda: any("celery" in one for one in processes.of(tmp_path)), timeout_s=60)
+        eventually(lambda: any("celery" in one for one in processes.of(tmp_path)))
         eventually(lambda: called(home, "approvals", "approve", run_id).returncode == 0)
-        out, err = run.communicate(timeout=60)
+        out, err = run.communicate(timeout=PATIENCE_S)
     assert (run.returncode, err) == (0, "")
     assert "■ run   completed" in out
 
@@ -386,7 +392,7 @@ def test_the_redis_that_ferrum_brings_is_found_by_its_home_and_stops_at_ctrl_c(h
         url = called(home, "redis", "--url").stdout.strip()
         assert json.loads(url_file.read_text())["url"] == url
         server.send_signal(signal.SIGINT)
-        assert server.wait(30) == 0
+        assert server.wait(PATIENCE_S) == 0
     assert not url_file.exists()
 
 
@@ -406,7 +412,7 @@ def test_the_scripted_model_server_answers_by_its_script(home: Path, tmp_path: P
         with urllib.request.urlopen(request, timeout=30) as answer:
             assert json.load(answer)["choices"][0]["message"]["content"] == "You said: hello"
         server.send_signal(signal.SIGINT)
-        assert server.wait(30) == 0
+        assert server.wait(PATIENCE_S) == 0
 
 
 def test_a_policy_that_asks_shows_exactly_what_would_be_done(home: Path, tmp_path: Path) -> None:

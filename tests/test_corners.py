@@ -14,6 +14,7 @@ from office import Given, Office
 from ferrum import runs
 from ferrum.artifacts import Artifacts
 from ferrum.errors import StepError
+from ferrum.events import Event
 from ferrum.governance.budget import Limits
 from ferrum.governance.policy import Policy
 from ferrum.loop import LoopThread
@@ -207,3 +208,37 @@ def test_what_undoes_may_wait_for_a_signal_in_this_process_too() -> None:
     steps = {"a": {"type": "wait", "for": "1s", "compensate": undo}, "b": gone}
     run = run_inline({"name": "x", "steps": steps}, signals={"go": Sent("now", after_s=60)})
     assert (run.status, run.reason) == (RunStatus.FAILED, "'b' failed")
+
+
+def inside(name: str, first: dict[str, Any]) -> dict[str, Any]:
+    """A step whose run did something that takes an hour to undo, and goes on."""
+    slow = {"type": "wait", "for": "1h"}
+    steps = {name: {**first, "compensate": slow}, "on": {"type": "wait", "signal": "never", "needs": [name]}}
+    return {"type": "workflow", "workflow": {"name": "inside", "steps": steps}}
+
+
+def in_order(event: Event) -> list[int]:
+    return [int(part) for part in event.id.split("-")]
+
+
+def test_what_a_run_inside_did_is_undone_first_in_this_process_too() -> None:
+    """It was not undone at all: the outer run had ended, and nothing went on any more."""
+    soon = {"type": "wait", "for": "1s"}
+    steps = {"a": {**soon, "compensate": soon}, "b": {**inside("x", soon), "needs": ["a"]}}
+    run = run_inline({"name": "x", "deadline": "1m", "steps": steps})
+    assert (run.status, run.inside("b").status) == (RunStatus.FAILED, RunStatus.CANCELLED)
+    undone, before = (
+        run.inside("b").happened("step.completed", "x.compensate"),
+        run.happened("step.started", "a.compensate"),
+    )
+    # In one process the ids are in the order of all runs.
+    assert in_order(undone[0]) < in_order(before[0])
+
+
+@pytest.mark.parametrize("on_error", ["continue", "fail"])
+def test_what_a_step_gave_up_is_undone_in_this_process_too(on_error: str) -> None:
+    soon = {"type": "wait", "for": "1s"}
+    run = run_inline({"name": "x", "steps": {"b": {**inside("x", soon), "timeout": "1m", "on_error": on_error}}})
+    assert run.status is (RunStatus.COMPLETED if on_error == "continue" else RunStatus.FAILED)
+    assert run.inside("b").happened("step.completed", "x.compensate")
+    assert run.inside("b").status is RunStatus.CANCELLED

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import processes
 import pytest
-from fleet import eventually
+from fleet import PATIENCE_S, eventually
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,7 +55,7 @@ def test_without_a_terminal_the_demo_says_yes_by_itself_and_keeps_the_summary(ch
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -103,7 +103,7 @@ class Terminal:
         """The exit status, once all was said."""
         while self._read():
             pass
-        return self.demo.wait(30)
+        return self.demo.wait(PATIENCE_S)
 
     def _read(self) -> bool:
         try:

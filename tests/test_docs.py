@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 import redis
 import yaml
-from fleet import Fleet, ended, eventually
+from fleet import PATIENCE_S, Fleet, ended, eventually
 
 import ferrum
 from ferrum.errors import WorkflowError
@@ -190,6 +190,7 @@ class Story:
     environ: dict[str, str]
     #: Started and waiting: the block, its process and where its output goes.
     waiting: list[tuple[Block, subprocess.Popen[str]]] = field(default_factory=list)
+    begun: list[subprocess.Popen[str]] = field(default_factory=list)
     #: What each block printed.
     printed: dict[Block, str] = field(default_factory=dict)
 
@@ -206,7 +207,7 @@ class Story:
                 self.run(block)
                 before = block
         for waited, process in self.waiting:
-            self.printed[waited] = process.communicate(timeout=90)[0]
+            self.printed[waited] = process.communicate(timeout=PATIENCE_S)[0]
             assert process.returncode == 0, f"{waited.where}:\n{self.printed[waited]}"
             shown = told[told.index(waited) + 1]
             if shown.mark in _PRINTS:
@@ -215,7 +216,7 @@ class Story:
     def run(self, block: Block) -> None:
         text = block.text
         if "RUN_ID" in text:
-            text = text.replace("RUN_ID", eventually(ferrum.approvals, 60)[0].run_id)
+            text = text.replace("RUN_ID", eventually(ferrum.approvals)[0].run_id)
         if block.language == "python":
             command = [sys.executable, "-W", "error", "-c", text]
         else:
@@ -223,17 +224,18 @@ class Story:
         process = subprocess.Popen(
             command, cwd=self.home, env=self.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+        self.begun.append(process)
         if block.mark == "waits":
             self.waiting.append((block, process))
             return
-        self.printed[block] = process.communicate(timeout=90)[0]
+        self.printed[block] = process.communicate(timeout=PATIENCE_S)[0]
         assert process.returncode == 0, f"{block.where}:\n{self.printed[block]}"
 
     def end(self) -> None:
-        for _, process in self.waiting:
+        for process in self.begun:
             if process.poll() is None:
                 process.kill()
-                process.communicate()
+            process.communicate()
 
     def check(self, block: Block, shown: Block) -> None:
         printed, said = Counter(_masked(self.printed[block])), Counter(_masked(shown.text))

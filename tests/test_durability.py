@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import redis
 import twice
-from fleet import Fleet, assert_events_agree, effects, ended, eventually, happened, lane, lines
+from fleet import PATIENCE_S, Fleet, assert_events_agree, effects, ended, eventually, happened, lane, lines
 
 import ferrum
 from ferrum.artifacts import Kept
@@ -168,7 +168,7 @@ def test_killing_redis_again_and_again_loses_nothing(
         redis_server.kill()
         redis_server.start()
     with somebody_who_says_yes():
-        eventually(lambda: all_ended(runs), timeout_s=90)
+        eventually(lambda: all_ended(runs))
     assert [worker.poll() for worker in workers] == [None, None]
     acted = Counter(lines(log))
     for run_id in runs:
@@ -255,7 +255,7 @@ def test_a_chain_and_a_chord_go_on_after_their_message_was_lost(fleet: Fleet, re
         eventually(lambda: client.lpop(lane("ferrum.tool")))
         eventually(lambda: client.llen(lane("ferrum.tool")))
         fleet.start("-Q", "ferrum.tool", FERRUM_RESEND_AFTER="1", FERRUM_SWEEP="0.1")
-        assert ferrum.wait(run_id, timeout_s=30) == {"r": ["l", "right"]}
+        assert ferrum.wait(run_id, timeout_s=PATIENCE_S) == {"r": ["l", "right"]}
     assert lines(log) == [f"{run_id}.lost", f"{run_id}.right"]
     assert_events_agree(redis_url, run_id)
 
@@ -337,5 +337,5 @@ def test_what_a_worker_could_not_send_is_sent_by_the_repair(fleet: Fleet, redis_
     assert "this message cannot be sent" in fleet.log(0).read_text()
     assert len(happened(run_id, "step.completed")) == 5
     # It holds nothing any more, for only then does it stop by itself.
-    assert worker.wait(20) == 0
+    assert worker.wait(PATIENCE_S) == 0
     assert_events_agree(redis_url, run_id)

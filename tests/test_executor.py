@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from by_hand import ByHand
-from fleet import eventually
+from fleet import PATIENCE_S, eventually
 from office import Given, Office, step_type
 from pydantic import JsonValue
 
@@ -421,7 +421,7 @@ def test_an_act_that_takes_too_long_is_cancelled(office: Office) -> None:
     office.actors.on("git.log", hang)
     state = office.play({"a": {**TOOL, "timeout": "50ms", "retry": {"max_attempts": 1}}})
     assert state.step("a").error == "took longer than its timeout of 0.05 s"
-    assert cancelled.wait(5)
+    assert cancelled.wait(PATIENCE_S)
 
 
 def busy(params: Given, attempt: Attempt) -> JsonValue:
@@ -481,7 +481,7 @@ def in_the_midst(office: Office, run: ByHand, then: Callable[[Holds], None]) -> 
     outcomes: list[Outcome] = []
     thread = threading.Thread(target=lambda: outcomes.append(office.attempt(run)))
     thread.start()
-    assert began.wait(10)
+    assert began.wait(PATIENCE_S)
     then(office.executor.holds)
     thread.join(10)
     return outcomes[0]
@@ -700,7 +700,7 @@ def test_usage_counts_once_when_an_attempt_is_stopped_while_an_act_is_admitted(
         real(held, act, *data, **usage)
         if act == 2:
             threading.Thread(target=lambda: (office.executor.holds.stop_all(), stopping.set())).start()
-            assert stopping.wait(10)
+            assert stopping.wait(PATIENCE_S)
             time.sleep(0.02)
 
     monkeypatch.setattr(office.record, "admit", admit)

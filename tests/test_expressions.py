@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import pytest
+from fleet import PATIENCE_S
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -263,7 +264,9 @@ thread = threading.Thread(target=all_of_it)
 thread.start()
 thread.join()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
     assert done.stdout == "alive\n", done.stderr
 
 
@@ -345,7 +348,7 @@ assert "prompt_toolkit" not in sys.modules
 import cel.cli
 assert cel.cli.PromptSession
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=PATIENCE_S)
 
 
 _TEN = "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]"

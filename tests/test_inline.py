@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+import redis
 import user_tasks  # noqa: F401 - the tasks that `run_inline` calls
 
 import ferrum.runs
@@ -17,7 +18,7 @@ from ferrum.events import fold
 from ferrum.governance.policy import Policy
 from ferrum.inline import Stuck, execute
 from ferrum.plan import Plan
-from ferrum.record import Verdict
+from ferrum.record import Verdict, base_of
 from ferrum.results import Usage
 from ferrum.testing import InlineRun, Scripted, Sent, Shared, run_inline
 from ferrum.testing.actors import ScriptedActors
@@ -48,9 +49,9 @@ _INNER = {
 
 #: Workflows that go the same way in this process and on a fleet.
 ALIKE: dict[str, Json] = {
-    # First, so that they have begun long before their time is over.
-    "a deadline": workflow({"w": {"type": "wait", "signal": "never", "deadline": "3s"}, "x": echo(1, needs=["w"])}),
-    "the deadline of a run": workflow({"w": {"type": "wait", "signal": "never"}}, deadline="3s"),
+    # See `OVERDUE`.
+    "a deadline": workflow({"w": {"type": "wait", "signal": "never", "deadline": "1h"}, "x": echo(1, needs=["w"])}),
+    "the deadline of a run": workflow({"w": {"type": "wait", "signal": "never"}}, deadline="1h"),
     "a chain": workflow({"a": echo(1), "b": echo("{{ a + 1 }}")}, {"r": "{{ b }}"}),
     "a cross": workflow({"a": echo(1), "b": echo(2), "c": echo("{{ a + b }}"), "d": echo("{{ b }}")}, {"r": "{{ c }}"}),
     "what is behind a failure is skipped": workflow({"a": boom(), "b": echo("{{ a }}"), "c": echo("{{ b }}")}),
@@ -114,11 +115,11 @@ ALIKE: dict[str, Json] = {
     "tries that run out": workflow({"a": boom(retry={"max_attempts": 3, "backoff": "1ms"})}),
     "failures that are not tried again": workflow({"a": boom(retry={"max_attempts": 3, "on": ["timeout"]})}),
     "a block with a timeout for each": workflow(
-        {"b": {"for_each": [1, 2], "timeout": "90s", "steps": {"x": echo("{{ item }}"), "y": echo("{{ x }}")}}},
+        {"b": {"for_each": [1, 2], "timeout": "1h", "steps": {"x": echo("{{ item }}"), "y": echo("{{ x }}")}}},
         {"r": "{{ b }}"},
     ),
     "a case that is a block with a timeout": workflow(
-        {"s": {"type": "switch", "value": "a", "cases": {"a": {"timeout": "90s", "steps": {"x": echo(1)}}}}}
+        {"s": {"type": "switch", "value": "a", "cases": {"a": {"timeout": "1h", "steps": {"x": echo(1)}}}}}
     ),
     "tries of a block": workflow({"b": {"retry": {"max_attempts": 2, "backoff": "1ms"}, "steps": {"x": boom()}}}),
     "a saga": workflow(
@@ -166,10 +167,22 @@ ALIKE: dict[str, Json] = {
 }
 
 
+#: Timers that are made due on the fleet once their run waits: nobody knows how long a worker takes until then.
+OVERDUE = {"a deadline": "w!d", "the deadline of a run": "!deadline"}
+
+
 @pytest.fixture(scope="module")
-def on_a_fleet(worker: Any) -> dict[str, str]:
+def on_a_fleet(worker: Any, redis_url: str) -> dict[str, str]:
     """All of them, at once."""
-    return {name: ferrum.submit(document) for name, document in ALIKE.items()}
+    from fleet import eventually, happened
+
+    runs = {name: ferrum.submit(document) for name, document in ALIKE.items()}
+    with redis.Redis.from_url(redis_url) as client:
+        for name, timer in OVERDUE.items():
+            eventually(lambda name=name: happened(runs[name], "step.waiting"))
+            member = {f"{runs[name]} {timer}": 0}
+            assert client.zadd(f"{base_of(runs[name])}:timers", member, xx=True, ch=True) == 1
+    return runs
 
 
 def _story(events: Any, run_id: str) -> Json:

@@ -611,6 +611,17 @@ def test_a_step_that_was_never_claimed_may_be_late(office: Office) -> None:
     assert (office.said(run), office.did) == (("failed", "'a' failed"), [])
 
 
+def test_the_end_of_a_run_leaves_no_deadline_behind(office: Office) -> None:
+    nap: dict[str, Any] = {"type": "wait", "for": "1h"}
+    steps = {"a": nap | {"deadline": "2h"}, "b": block({"x": nap | {"deadline": "3h"}}), "c": act(deadline="4h")}
+    run = office.submit(steps)
+    office.go_on(office.heads(run)[:2])
+    office.record.cancel(run, "ann")
+    client, base = office.record._redis, base_of(run)
+    assert client.zrange(f"{base}:timers", 0, -1) == []
+    assert client.exists(f"{base}:late:{run}") == 0
+
+
 def test_an_inner_step_has_its_own_deadline(office: Office) -> None:
     body = block({"x": {"type": "wait", "for": "1h", "deadline": "60s"}, "y": act("{{ x }}")})
     run = office.run({"a": body})
@@ -776,6 +787,60 @@ def test_a_run_inside_ends_with_the_step_around_it(office: Office) -> None:
     office.time_comes(run, "b")
     assert office.said(second) == ("cancelled", "what it is part of has ended")
     assert (office.said(run), office.left_behind(run)) == (("failed", "'b' failed"), [])
+
+
+def assert_nothing_waits(office: Office, *runs: str) -> None:
+    """Of runs that were cut off, and so have counters that are not even."""
+    assert [found for run in runs for found in office.left_behind(run) if not found.startswith("active")] == []
+
+
+def test_what_the_run_inside_did_is_undone_before_what_was_done_before_it(office: Office) -> None:
+    """The outer run ended at once, and its own undoing went on beside that of the run inside."""
+    tries = iter([failing("busy", retry=True)])
+
+    def undoes(params: Given, attempt: Attempt) -> JsonValue:
+        for error in tries:
+            raise error
+        return None
+
+    office.says["x.compensate"] = undoes
+    deep = inner({"x": act(1, compensate=undo(retry=LATER)), "y": {"type": "wait", "for": "1h", "needs": ["x"]}})
+    run = office.run({"a": act(1, compensate=undo()), "b": {**inner({"mid": deep}), "needs": ["a"]}})
+    [child] = children(office, run)
+    [grandchild] = children(office, child)
+    sends = office.record.cancel(run, "ann", "enough")
+    office.go_on([] if office.mute else sends)
+    for one in (run, child, grandchild):
+        assert office.record.status(one) is RunStatus.COMPENSATING
+    assert times(office, "x.compensate", "a.compensate") == (1, 0)
+    office.time_comes(grandchild, "x.compensate")
+    assert office.did[-2:] == ["x.compensate", "a.compensate"]
+    assert office.said(run) == ("cancelled", "enough")
+    assert [office.said(one)[0] for one in (child, grandchild)] == ["cancelled"] * 2
+    assert_nothing_waits(office, run, child, grandchild)
+
+
+def test_a_run_is_not_undone_while_one_that_a_step_of_it_gave_up_is(office: Office) -> None:
+    tries = iter([failing("busy", retry=True)])
+
+    def undoes(params: Given, attempt: Attempt) -> JsonValue:
+        for error in tries:
+            raise error
+        return None
+
+    office.says["x.compensate"] = undoes
+    office.says["z"] = failing()
+    long = inner({"x": act(1, compensate=undo(retry=LATER)), "y": {"type": "wait", "for": "1h", "needs": ["x"]}})
+    steps = {"a": act(1, compensate=undo()), "b": {**long, "needs": ["a"], "timeout": "60s", "on_error": "continue"}}
+    run = office.run({**steps, "z": act(needs=["b"])})
+    [child] = children(office, run)
+    office.time_comes(run, "b")
+    assert [office.record.status(one) for one in (run, child)] == [RunStatus.COMPENSATING] * 2
+    assert times(office, "z", "x.compensate", "a.compensate") == (1, 1, 0)
+    office.time_comes(child, "x.compensate")
+    assert (office.said(run), office.said(child)[0]) == (("failed", "'z' failed"), "cancelled")
+    assert office.did[-1] == "a.compensate"
+    assert_nothing_waits(office, run, child)
 
 
 def test_a_run_waits_for_a_person_when_the_run_inside_of_it_does(office: Office) -> None:

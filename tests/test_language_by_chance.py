@@ -121,7 +121,7 @@ def for_an_office(value: Any) -> Any:
     return changed | ({"for": "1ms"} if value.get("type") == "wait" and "for" in value else {})
 
 
-@pytest.mark.timeout(60 + 4 * EXAMPLES)
+@pytest.mark.timeout(300 + 4 * EXAMPLES)
 def test_random_workflows_come_to_the_same_wherever_a_worker_dies_and_whatever_becomes_of_a_message(
     clean_redis: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ import pytest
 import redis
 from celery import Celery, chord
 from celery.contrib.testing.worker import start_worker
+from fleet import PATIENCE_S
 from kombu import Connection
 
 from ferrum.errors import Unavailable
@@ -40,7 +41,7 @@ sys.exit(int(code))
 """
 
 
-def until(true: Callable[[], object], timeout_s: float = 30) -> None:
+def until(true: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline, "it never came to be"
@@ -240,7 +241,7 @@ def test_ferrum_redis_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
         url = process.stdout.readline().strip()
         assert running(tmp_path) == url
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE_S) == 0
     assert not answers(url)
     assert not alive(tmp_path)
 
@@ -287,7 +288,7 @@ def test_celery_runs_a_chord_over_the_socket_in_the_database_it_was_given(clean_
 
     with start_worker(app, pool="threads", perform_ping_check=False, shutdown_timeout=30):
         result = chord((double.s(n) for n in range(5)), total.s()).delay()
-        assert result.get(timeout=30) == 20
+        assert result.get(timeout=PATIENCE_S) == 20
     app.close()
     with redis.Redis.from_url(clean_redis) as nothing, redis.Redis.from_url(url) as used:
         assert nothing.dbsize() == 0
@@ -317,8 +318,12 @@ def environ() -> dict[str, str]:
 
 
 def workers(url: str) -> list[int]:
-    with redis.Redis.from_url(url) as client:
-        return [int(pid) for pid in client.lrange("workers", 0, -1)]
+    """Those that said that they are there. Raises `Unavailable`."""
+    try:
+        with redis.Redis.from_url(url) as client:
+            return [int(pid) for pid in client.lrange("workers", 0, -1)]
+    except redis.exceptions.ConnectionError as error:
+        raise Unavailable(f"Redis does not answer: {error}") from error
 
 
 def end_worker(url: str, code: int) -> None:
@@ -415,6 +420,43 @@ def test_a_worker_that_cannot_start_is_reported_with_its_log(settings: Settings,
     with pytest.raises(Unavailable, match=r"would not start; the logs end:(?s:.*)line 3 is no rule"):
         begin(settings, [str(tmp_path / "broken.py")])
     assert not alive(settings.home)
+
+
+def test_a_redis_that_goes_away_after_it_was_found_is_waited_for_anew(settings: Settings, worker: list[str]) -> None:
+    """A supervisor that had nothing left to do was still stopping when the next command looked."""
+    gone: list[str] = []
+    old = PrivateRedis(settings.home).start()
+
+    def need_worker(url: str) -> bool:
+        old.stop()
+        gone.append(url)
+        return not workers(url)
+
+    def worker_ready(url: str) -> bool:
+        if len(gone) == 1:
+            gone.append(url)
+            os.kill(json.loads((settings.home / "redis.json").read_text())["pid"], signal.SIGKILL)
+        return bool(workers(url))
+
+    local = ensure(settings, environ(), need_worker=need_worker, worker_ready=worker_ready, worker=worker)
+    try:
+        assert local.started
+        assert len(gone) == 2
+        assert answers(local.url)
+    finally:
+        local.stop()
+
+
+def test_a_redis_of_ones_own_that_goes_away_meanwhile_is_named(tmp_path: Path, worker: list[str]) -> None:
+    server = PrivateRedis(tmp_path / "redis").start()
+    settings = read({"FERRUM_HOME": str(tmp_path / "home"), "FERRUM_REDIS_URL": server.url, "FERRUM_GRACE": "1"})
+
+    def need_worker(url: str) -> bool:
+        server.stop()
+        return not workers(url)
+
+    with pytest.raises(Unavailable, match="no Redis answers at"):
+        ensure(settings, environ(), need_worker=need_worker, worker_ready=lambda url: bool(workers(url)), worker=worker)
 
 
 def test_a_worker_that_never_gets_ready_is_stopped(settings: Settings, worker: list[str]) -> None:

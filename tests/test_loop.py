@@ -12,6 +12,7 @@ from contextlib import suppress
 from functools import partial
 
 import pytest
+from fleet import PATIENCE_S
 
 from ferrum.loop import Blocking, Interrupted, LoopThread
 
@@ -78,7 +79,7 @@ def test_stopping_runs_the_last_coroutine_and_cancels_what_still_runs(loop: Loop
         last.set()
 
     hanging = loop.submit(hang())
-    assert began.wait(5)
+    assert began.wait(PATIENCE_S)
     thread = loop._thread
     loop.stop(end())
     assert last.is_set()
@@ -235,8 +236,8 @@ def test_only_the_thread_of_the_code_is_interrupted() -> None:
     ]
     for thread in threads:
         thread.start()
-    assert first.wait(5)
-    assert second.wait(5)
+    assert first.wait(PATIENCE_S)
+    assert second.wait(PATIENCE_S)
     stopped.interrupt()
     threads[0].join(5)
     assert done == ["stopped"]

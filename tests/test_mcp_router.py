@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fleet import PATIENCE_S
 from pydantic import JsonValue
 
 from ferrum.errors import ToolError
@@ -118,7 +119,7 @@ async def _call(router: Router, target: str, key: str = "key", /, **arguments: J
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 

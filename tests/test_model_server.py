@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from fleet import PATIENCE_S
 
 from ferrum.errors import SettingsError
 from ferrum.testing.model_server import ModelServer, Outcome, embedding
@@ -326,7 +327,7 @@ def test_serve_runs_until_it_is_told_to_stop_even_with_a_call_open() -> None:
                 while b'"open"' not in get(url, "/asked"):
                     pass
                 process.send_signal(signal.SIGTERM)
-                assert process.wait(20) == 0
+                assert process.wait(PATIENCE_S) == 0
         finally:
             process.kill()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from fleet import PATIENCE_S
 
 from ferrum import settings as settings_room
 from ferrum.errors import ModelError, OutputError, SettingsError
@@ -366,7 +367,7 @@ def test_litellm_is_imported_by_the_first_call_and_by_nothing_before() -> None:
         "assert 'litellm' in sys.modules\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

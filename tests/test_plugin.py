@@ -11,7 +11,7 @@ from pathlib import Path
 
 import processes
 import pytest
-from fleet import eventually
+from fleet import PATIENCE_S, eventually
 
 _MY_TASKS = """
 import os, time
@@ -118,7 +118,7 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=100,
+            timeout=PATIENCE_S,
             check=False,
         )
         counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|errors?)", done.stdout)}
@@ -130,7 +130,7 @@ class Project:
 def project(tmp_path: Path) -> Iterator[Project]:
     """Whatever its tests started has to have ended after them."""
     yield Project(tmp_path)
-    eventually(lambda: not processes.of(tmp_path), timeout_s=10)
+    eventually(lambda: not processes.of(tmp_path))
 
 
 def test_a_workflow_with_a_model_and_a_task_of_ones_own_runs_whole(project: Project) -> None:
@@ -142,7 +142,7 @@ import ferrum, pytest
 @pytest.mark.ferrum_script("script.yaml")
 def test_it(ferrum_worker, model_server):
     run_id = ferrum.submit("greeting.yaml", {"name": "Ada"})
-    assert ferrum.wait(run_id, timeout_s=60) == {"said": "HELLO, ADA!"}
+    assert ferrum.wait(run_id, timeout_s=PATIENCE_S) == {"said": "HELLO, ADA!"}
     assert [call.question.model for call in model_server.asked] == ["scripted"]
 """,
     )
@@ -176,7 +176,7 @@ def afterwards():
 @pytest.mark.parametrize("number", [1, 2])
 def test_it(afterwards, ferrum_worker, model_server, number, caplog):
     run_id = ferrum.submit("shout.yaml", {"text": "here"})
-    assert ferrum.wait(run_id, timeout_s=60) == {"said": "HERE!"}
+    assert ferrum.wait(run_id, timeout_s=PATIENCE_S) == {"said": "HERE!"}
     assert os.environ["OPENAI_API_BASE"] == model_server.url
     assert os.environ["OPENAI_API_KEY"] != MACHINE["OPENAI_API_KEY"]
     logging.getLogger("mine").warning("heard")
@@ -207,7 +207,7 @@ def test_one_that_leaves_a_step_running(ferrum_worker):
 def test_another(ferrum_worker):
     assert not record().any_live()
     assert len(record().workers()) == 1
-    assert ferrum.wait(ferrum.submit("shout.yaml", {"text": "here"}), timeout_s=60) == {"said": "HERE!"}
+    assert ferrum.wait(ferrum.submit("shout.yaml", {"text": "here"}), timeout_s=PATIENCE_S) == {"said": "HERE!"}
 """,
     )
     project.pytest(*_LEAN, passes=2)
@@ -225,7 +225,7 @@ from ferrum.runs import RunFailed
 from ferrum.settings import settings
 
 def greet():
-    return ferrum.wait(ferrum.submit("greeting.yaml", {"name": "Ada"}), timeout_s=60)
+    return ferrum.wait(ferrum.submit("greeting.yaml", {"name": "Ada"}), timeout_s=PATIENCE_S)
 
 class TestDenied:
     @pytest.fixture
@@ -249,7 +249,7 @@ class TestAsked:
         run_id = ferrum.submit("greeting.yaml", {"name": "Ada"})
         next(event for event in ferrum.watch(run_id) if event.type == "step.waiting")
         ferrum.decide(run_id, approved=True, by="a test")
-        assert ferrum.wait(run_id, timeout_s=60) == {"said": "WELL MET!"}
+        assert ferrum.wait(run_id, timeout_s=PATIENCE_S) == {"said": "WELL MET!"}
 
 class TestSettings:
     @pytest.fixture
@@ -268,7 +268,7 @@ def test_a_script_may_stand_in_the_mark(ferrum_worker):
 def test_no_other_provider_is_ever_called(ferrum_worker):
     step = {"type": "llm", "model": "anthropic/claude-sonnet-5-5", "prompt": "Who pays?"}
     with pytest.raises(RunFailed, match="nothing allows model 'anthropic/"):
-        ferrum.wait(ferrum.submit({"name": "costs", "steps": {"one": step}}), timeout_s=60)
+        ferrum.wait(ferrum.submit({"name": "costs", "steps": {"one": step}}), timeout_s=PATIENCE_S)
 """,
     )
     project.pytest(*_LEAN, passes=5, ANTHROPIC_API_KEY="sk-real")
@@ -285,7 +285,7 @@ import ferrum
 def test_it(ferrum_redis, ferrum_worker):
     with open(os.environ["PYTEST_XDIST_WORKER"], "w") as file:
         file.write(ferrum_redis)
-    assert ferrum.wait(ferrum.submit("shout.yaml", {"text": "here"}), timeout_s=60) == {"said": "HERE!"}
+    assert ferrum.wait(ferrum.submit("shout.yaml", {"text": "here"}), timeout_s=PATIENCE_S) == {"said": "HERE!"}
 """,
     )
     project.pytest(*_LEAN, "-n", "2", "--dist", "each", passes=2)
@@ -319,7 +319,7 @@ def test_it(ferrum_cluster, tmp_path):
 
     victim.kill()
     assert victim.container.status == "exited"
-    assert ferrum.wait(run_id, timeout_s=60) == {"said": "done"}
+    assert ferrum.wait(run_id, timeout_s=PATIENCE_S) == {"said": "done"}
     assert log.read_text().split() == [str(victim.container.pid), str(other.container.pid)]
 
     victim.restart()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fleet import Fleet, ended
+from fleet import PATIENCE_S, Fleet, ended
 
 import ferrum
 from ferrum.results import RunStatus, StepStatus
@@ -21,7 +21,7 @@ def test_a_step_gets_the_outputs_of_the_steps_that_it_names(worker: Fleet) -> No
     run_id = ferrum.submit(
         {"name": "x", "inputs": {"q": {"type": "string"}}, "steps": steps, "outputs": {"r": "{{ c }}"}}, {"q": "hi"}
     )
-    assert ferrum.wait(run_id, timeout_s=30) == {"r": ["hi", "hi!"]}
+    assert ferrum.wait(run_id, timeout_s=PATIENCE_S) == {"r": ["hi", "hi!"]}
 
 
 def test_what_depends_on_a_failed_step_is_skipped_and_the_rest_still_finishes(worker: Fleet) -> None:
@@ -29,7 +29,7 @@ def test_what_depends_on_a_failed_step_is_skipped_and_the_rest_still_finishes(wo
     steps = {"a": boom, "b": echo(1, needs=["a"]), "c": echo(2), "d": echo(3, needs=["b", "c"])}
     run_id = ferrum.submit({"name": "x", "steps": steps})
     with pytest.raises(RunFailed, match="'a' failed"):
-        ferrum.wait(run_id, timeout_s=30)
+        ferrum.wait(run_id, timeout_s=PATIENCE_S)
     run = ended(run_id)
     assert run.status is RunStatus.FAILED
     assert {step.step_id: (step.status, step.error) for step in run.steps} == {

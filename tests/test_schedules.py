@@ -486,7 +486,7 @@ class Beats:
             beat.terminate()
         for beat in self.running:
             try:
-                beat.wait(20)
+                beat.wait(60)
             except subprocess.TimeoutExpired:
                 beat.kill()
                 beat.wait()

@@ -463,11 +463,11 @@ def test_a_scripted_actor_says_one_thing_after_the_other_and_keeps_to_the_last()
         return act.arguments["x"] * 2
 
     actors = ScriptedActors()
-    actors.warm()
     actors.on("s.t", turned, ToolError("no"), "yes").on("test/m", "hello")
     call = ToolCall(server="s", tool="t", arguments={"x": 2})
 
     async def story() -> list[Any]:
+        await actors.warm(frozenset())
         found: list[Any] = [await actors.carry_out(call, by(Try()))]
         with pytest.raises(ToolError):
             await actors.carry_out(call, by(Try()))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet import Fleet, assert_events_agree, effects, ended, eventually, happened, lines
+from fleet import PATIENCE_S, Fleet, assert_events_agree, effects, ended, eventually, happened, lines
 
 import ferrum
 from ferrum.results import RunStatus
@@ -39,10 +39,10 @@ def test_a_stopping_worker_hands_its_steps_to_another_after_its_grace(
     run_id = ferrum.submit({"name": "x", "steps": steps, "outputs": {"processes": "{{ a }}"}})
     eventually(lambda: (tmp_path / "began").exists() and happened(run_id, "act.decided"))
     first.send_signal(signal.SIGTERM)
-    assert first.wait(20) == 0
+    assert first.wait(PATIENCE_S) == 0
     assert [lost.reason for lost in happened(run_id, "step.lost")] == ["its worker is stopping"] * 2
     second = fleet.start()
-    assert ferrum.wait(run_id, timeout_s=30) == {"processes": 2}
+    assert ferrum.wait(run_id, timeout_s=PATIENCE_S) == {"processes": 2}
     for step in steps:
         assert [_pid(event) for event in happened(run_id, "step.started", step)] == [first.pid, second.pid]
     # The call that was handed back was cancelled before it acted.
@@ -61,7 +61,7 @@ def test_a_stopping_worker_lets_a_short_step_finish(fleet: Fleet, redis_url: str
     run_id = ferrum.submit({"name": "x", "steps": steps})
     eventually(log.exists)
     worker.send_signal(signal.SIGTERM)
-    assert worker.wait(20) == 0
+    assert worker.wait(PATIENCE_S) == 0
     assert ended(run_id).status is RunStatus.COMPLETED
     assert not happened(run_id, "step.lost")
     assert_events_agree(redis_url, run_id)
@@ -78,7 +78,7 @@ def test_queues_shape_a_fleet_and_a_prefork_pool_runs_steps_too(fleet: Fleet, re
         "d": {"type": "task", "task": "user.echo", "input": {"value": "{{ [b.written, c] }}"}},
     }
     run_id = ferrum.submit({"name": "x", "steps": steps, "outputs": {"r": "{{ d }}"}})
-    assert ferrum.wait(run_id, timeout_s=30) == {"r": ["b1", 2]}
+    assert ferrum.wait(run_id, timeout_s=PATIENCE_S) == {"r": ["b1", 2]}
     assert lines(tmp_path / "effects.log") == [f"{run_id}.b"]
     by = {event.step: _pid(event) for event in happened(run_id, "step.started")}
     assert by["b"] == threads.pid
@@ -90,7 +90,8 @@ def _refused(fleet: Fleet, **environ: str) -> str:
     """What a worker says that does not start."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "celery", "-A", "ferrum", "worker"],
-        env={**fleet.environ, **environ}, cwd=fleet.home, capture_output=True, text=True, timeout=60, check=False,
+        env={**fleet.environ, **environ}, cwd=fleet.home, capture_output=True, text=True, timeout=PATIENCE_S,
+        check=False,
     )  # fmt: skip
     assert done.returncode not in (0, None), done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -528,6 +528,20 @@ def test_a_case_is_called_by_its_own_label_in_its_until() -> None:
             "  a: {type: x, concurrency: {key: x, limit: 0}}",
             "4:45: steps.a.concurrency.limit: this has to be greater than or equal to 1",
         ),
+        (
+            "  a: {concurrency: {key: desk, limit: 2}, steps: {b: {steps: {c: {type: x, concurrency: {key: desk,"
+            " limit: 1}}}}}}",
+            "4:95: steps.a.steps.b.steps.c.concurrency.key: 'a' has a place of 'desk' until all inside of it is over,"
+            " and this would wait for one: each could wait for the other for ever; call this key something else, or"
+            " leave out one of the two",
+        ),
+        (
+            "  a: {steps: {b: {cache: {key: k, ttl: 1, scope: global}, type: switch, value: 1, cases: {c: {type: x,"
+            " fallback: [{type: x, cache: {key: k, ttl: 1, scope: global}}]}}}}}",
+            "4:138: steps.a.steps.b.cases.c.fallback[0].cache.key: 'a.b' computes 'k' until all inside of it is over,"
+            " and this would wait for that: each would wait for the other for ever; call this key something else, or"
+            " leave out one of the two",
+        ),
         # Steps that are made of steps.
         ("  a: {type: block}", "4:3: steps.a: a block has to have 'steps'"),
         ("  a: {steps: {}}", "4:7: steps.a.steps: a block has to have at least one of 'steps'"),
@@ -942,3 +956,32 @@ def test_what_undoes_is_not_undone_itself_and_sees_no_params_of_rounds() -> None
     with pytest.raises(WorkflowError, match="unless a 'repeat' gives it more than once"):
         Workflow.of({"name": "w", "steps": {"a": {**rounds, "compensate": undo}}})
     assert Workflow.of({"name": "w", "steps": {"a": {"type": "task", "task": "t", "compensate": undo}}})
+
+
+PLACE = {"concurrency": {"key": "desk", "limit": 1}}
+COMPUTED = {"cache": {"key": "k", "ttl": 1, "scope": "global"}}
+
+
+def test_a_workflow_inside_of_a_step_may_not_wait_for_what_that_step_keeps() -> None:
+    inside = {"name": "inside", "steps": {"b": {"type": "x", **PLACE}}}
+    with pytest.raises(
+        WorkflowError, match=r"steps\.a\.workflow\.steps\.b\.concurrency\.key: 'a' has a place of 'desk'"
+    ) as refused:
+        Workflow.of({"name": "x", "steps": {"a": {"type": "workflow", "workflow": inside, **PLACE}}})
+    assert len(refused.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"type": "x", "fallback": [{"type": "x", **PLACE}], **PLACE},
+        {"type": "x", "compensate": {"type": "x", **PLACE}, **PLACE},
+        {"type": "x", "compensate": {"steps": {"b": {"type": "x", **COMPUTED}}}, **COMPUTED},
+        {"steps": {"b": {"type": "x", "concurrency": {"key": "other", "limit": 1}}}, **PLACE},
+        {"steps": {"b": {"type": "x", "cache": {"key": "k", "ttl": 1}}}, **COMPUTED},
+        {"steps": {"b": {"type": "x", "rate": {"key": "desk", "limit": 1, "per": 1}}}, **PLACE},
+        {"steps": {"b": {"type": "x", **PLACE}, "c": {"type": "x", **PLACE}}},
+    ],
+)
+def test_what_does_not_keep_its_step_waiting_may_have_the_same_key(step: dict[str, Any]) -> None:
+    Workflow.of({"name": "x", "steps": {"a": step}})

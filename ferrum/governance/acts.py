@@ -296,10 +296,13 @@ class NewDocument(BaseModel):
 class IngestReply(Reply):
     """What became of the documents that an index was given."""
 
+    #: Documents that are new, that took the place of what was there, that were there as they are, that were taken out.
     added: int = 0
     updated: int = 0
     unchanged: int = 0
     removed: int = 0
+    #: Texts for which a vector had to be made.
+    embedded: int = 0
     #: Pieces that the index has now.
     chunks: int = 0
 
@@ -312,7 +315,7 @@ class Ingest(Act[IngestReply]):
     documents: tuple[NewDocument, ...]
     #: Where the index is not there yet, it is made with this one.
     embedding: str | None = None
-    #: Whether sources that are not among the documents are removed.
+    #: Whether documents are removed that an earlier one gave and this one does not.
     prune: bool = False
 
     @property

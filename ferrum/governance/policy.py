@@ -129,6 +129,12 @@ class Policy:
                 rules.append(Rule(effect, index, _pattern(pattern, address, source, lines.get(address, 0))))
         return cls(tuple(rules), source)
 
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of acts of which any may happen."""
+        rules = [rule.pattern for rule in self.rules if rule.effect is not Effect.DENY]
+        return frozenset(pattern.partition(":")[0] for pattern in rules)
+
     def decide(self, act: Act[Any]) -> Decision:
         """The decision on an act, by the first rule of the strongest list that matches it."""
         for effect in Effect:

@@ -666,7 +666,7 @@ class Run:
                 self.world.let_go(self, step_id)
             self._end_inside(state)
         ending = {"status": status.value, **data}
-        if status is RunStatus.COMPLETED or not self._undo:
+        if status is RunStatus.COMPLETED or not (self._undo or self._going_inside):
             self._really_end(ending, outputs)
             return
         self._now_active = self._now_asking = self._active = self._asking = 0
@@ -674,9 +674,23 @@ class Run:
         self._emit("run.compensating", "", ending)
         self._undo_next()
 
+    @property
+    def _going_inside(self) -> bool:
+        """Whether a run inside of it has not ended; one that was ended has something to undo first."""
+        return any(run.up and run.up[0] is self and not run.status.ended for run in self.world.runs.values())
+
+    @property
+    def _between_two(self) -> bool:
+        """Whether nothing is being undone just now."""
+        return not self._undoing or self.steps[self._undoing].status.ended
+
     def _undo_next(self) -> None:
+        # What was done inside of it came last.
+        if self._going_inside:
+            return
         if self._undo:
-            self._make_ready(f"{self._undo.pop()}.compensate")
+            self._undoing = f"{self._undo.pop()}.compensate"
+            self._make_ready(self._undoing)
             return
         ending = self._ending
         if self._not_undone:
@@ -694,6 +708,9 @@ class Run:
             state = above.steps[step_id]
             if above.live(above.plan.step(step_id)) and state.status is StepStatus.WAITING and state.inside is self:
                 above._wake(step_id, state, "its run ended")
+                above._tell()
+            elif above.status is RunStatus.COMPENSATING and above._between_two:
+                above._undo_next()
                 above._tell()
 
     # The budget.

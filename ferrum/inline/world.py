@@ -227,7 +227,9 @@ class World:
         """Whether it is at its end, or nothing will bring it there."""
         if self._done.done() or self._root is None:
             return
-        if self._root.status.ended:
+        # One that was given up by a run that has completed may still undo what it did.
+        undoing = any(run.status is RunStatus.COMPENSATING for run in self.runs.values())
+        if self._root.status.ended and not undoing:
             self._done.set_result(None)
         elif not self._tasks and not self._later and not any(run.timed for run in self.runs.values()):
             self._done.set_exception(Stuck("\n".join(self._stuck())))

@@ -80,18 +80,19 @@ def ensure(
 ) -> Local:
     """Make sure of a Redis and, where `need_worker(url)`, of a worker; returns when both are there.
 
-    The worker gets this process's directory and `environ`. Raises `Unavailable` where FERRUM_REDIS_URL does not answer,
-    and, with what the logs say, where one of the two does not come up.
+    The worker gets this process's directory and `environ`. Both questions may raise `Unavailable`: a Redis that has
+    just answered can be on its way out, with a supervisor that had nothing left to do. Raises `Unavailable` where
+    FERRUM_REDIS_URL does not answer, and, with what the logs say, where one of the two does not come up.
     """
     url = _redis(settings)
-    if url is not None and not need_worker(url):
+    if url is not None and _says(need_worker, url) is False:
         return Local(url)
     launch = _Launch(settings, environ, worker)
     try:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             url = _redis(settings)
-            if url is not None and worker_ready(url):
+            if url is not None and _says(worker_ready, url):
                 return Local(url, launch.pid, settings.grace + 20)
             launch.look()
             time.sleep(0.05)
@@ -138,6 +139,14 @@ def _redis(settings: Settings) -> str | None:
         where = url.rpartition("@")[2]
         raise Unavailable(f"no Redis answers at {where}: start it, or unset FERRUM_REDIS_URL for a private one")
     return url
+
+
+def _says(question: Callable[[str], bool], url: str) -> bool | None:
+    """The answer; `None` where that Redis has gone since it was found."""
+    try:
+        return question(url)
+    except Unavailable:
+        return None
 
 
 def _start(home: Path, env: Mapping[str, str], worker: Sequence[str]) -> int:

@@ -27,7 +27,7 @@ local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local leases_key, timers_key = base .. ':leases', base .. ':timers'
 local tenants_key, holding_key = base .. ':tenants', base .. ':holding'
 local marks_key, asks_key, runs_key = base .. ':marks', base .. ':asks', base .. ':runs'
-local run_key, steps_key, events_key, parked_key, open_key, undo_key, inner_key
+local run_key, steps_key, events_key, parked_key, open_key, undo_key, inner_key, late_key
 local plan_key, lane, active, asking
 
 local function open(id)
@@ -35,6 +35,7 @@ local function open(id)
   run_key, steps_key = base .. ':run:' .. id, base .. ':steps:' .. id
   events_key, parked_key = base .. ':events:' .. id, base .. ':parked:' .. id
   open_key, undo_key, inner_key = base .. ':open:' .. id, base .. ':undo:' .. id, base .. ':inner:' .. id
+  late_key = base .. ':late:' .. id
   plan_key, lane, active, asking = nil, nil, 0, 0
 end
 open(run_id)
@@ -196,7 +197,7 @@ in_run = function(id, what)
   plan_key, lane, active, asking = back_plan, back_lane, back_active, back_asking
 end
 
-local wake, end_run
+local wake, end_run, undo_next
 
 local function really_end(status, data, output)
   redis.call('HSET', run_key, 'status', status, 'ended', number(now))
@@ -214,11 +215,14 @@ local function really_end(status, data, output)
     local parent, step = string.match(up, '^(%S+) (%S+)$')
     local ended = run_id
     in_run(parent, function()
-      -- One that its parent ended has nobody to wake.
-      local alive = redis.call('SREM', inner_key, step .. ' ' .. ended) == 1 and live(node(step))
-      local state = load(step)
-      if alive and state.s == 'waiting' and state.u == ended then
-        send(step, wake(step, state, 'its run ended'))
+      if redis.call('SREM', inner_key, step .. ' ' .. ended) == 1 then
+        local state = load(step)
+        if state.s == 'waiting' and state.u == ended and live(node(step)) then
+          send(step, wake(step, state, 'its run ended'))
+        end
+      elseif redis.call('SREM', inner_key, '! ' .. ended) == 1 then
+        local status, undoing = unpack(redis.call('HMGET', run_key, 'status', 'undoing'))
+        if status == 'compensating' and (not undoing or ENDED[load(undoing).s]) then undo_next() end
       end
     end)
   end
@@ -229,11 +233,19 @@ local function make_ready(step, queue, deadline)
   active = active + 1
   if deadline and deadline > 0 then
     redis.call('ZADD', timers_key, number(now + deadline), member(step .. '!d'))
+    redis.call('SADD', late_key, step)
   end
 end
 
--- Undo the last thing that is not undone yet; where there is none the run is at its end.
-local function undo_next()
+local function in_time(step)
+  redis.call('ZREM', timers_key, member(step .. '!d'))
+  redis.call('SREM', late_key, step)
+end
+
+-- Undo the last thing that is not undone yet; where there is none the run is at its end. What was done inside of it
+-- came last, so that is waited for.
+undo_next = function()
+  if redis.call('EXISTS', inner_key) == 1 then return end
   local step = redis.call('RPOP', undo_key)
   if step then
     local undo = step .. '.compensate'
@@ -249,12 +261,14 @@ local function undo_next()
   really_end(ending.status, cjson.encode(ending))
 end
 
--- The runs inside of a step, or of anything inside of it, end; without a step those of the whole run.
+-- The runs inside of a step, or of anything inside of it, end; without a step those of the whole run. Nobody is woken
+-- by their end (`!`), but until then they have something to undo.
 local function end_inner(step)
   for _, name in ipairs(redis.call('SMEMBERS', inner_key)) do
     local of, id = string.match(name, '^(%S+) (%S+)$')
-    if not step or of == step or string.sub(of, 1, #step + 1) == step .. '.' then
+    if of ~= '!' and (not step or of == step or string.sub(of, 1, #step + 1) == step .. '.') then
       redis.call('SREM', inner_key, name)
+      redis.call('SADD', inner_key, '! ' .. id)
       in_run(id, function()
         if live() then end_run('cancelled', '{"status":"cancelled","reason":"what it is part of has ended"}') end
       end)
@@ -269,8 +283,11 @@ end_run = function(status, data, output)
     redis.call('ZREM', asks_key, member(step))
     redis.call('ZREM', timers_key, member(step))
   end
+  for _, step in ipairs(redis.call('SMEMBERS', late_key)) do in_time(step) end
   end_inner()
-  if status == 'completed' or redis.call('EXISTS', undo_key) == 0 then return really_end(status, data, output) end
+  if status == 'completed' or redis.call('EXISTS', undo_key, inner_key) == 0 then
+    return really_end(status, data, output)
+  end
   redis.call('HSET', run_key, 'status', 'compensating', 'ending', data)
   tell_counts()
   redis.call('DEL', parked_key)
@@ -462,7 +479,7 @@ local function withdraw(step, state, here)
   elseif redis.call('ZREM', ready_key(here.q, step), member(step)) == 1 then
     active = active - 1
   end
-  redis.call('ZREM', timers_key, member(step .. '!d'))
+  if here.d then in_time(step) end
   local reserved = state.r
   settle(state, reserved or {})
   state.k, state.p, state.u = nil, nil, nil
@@ -507,7 +524,7 @@ local function conclude(step, here, state, again, code)
   local close = 0
   if not again then
     active = active - 1
-    if here.d then redis.call('ZREM', timers_key, member(step .. '!d')) end
+    if here.d then in_time(step) end
     if here.b then cancel_inside(step) end
     if state.s == 'completed' and here.c then redis.call('RPUSH', undo_key, step) end
   end

@@ -35,8 +35,14 @@ _ENVIRONMENT: Final = {
     "LITELLM_MODE": "PRODUCTION",
 }
 
-#: How long litellm may wait by itself. The attempt's own timeout is shorter, and cancels the call.
-_NEVER_S: Final = 86_400.0
+#: What every call says: try once, and wait for as long as it takes.
+ONCE: Final[dict[str, Any]] = {
+    # The attempt's own timeout is shorter, and cancels the call.
+    "timeout": 86_400.0,
+    # The client below litellm tries again by itself, unless told not to; attempts are ours to count.
+    "max_retries": 0,
+    "num_retries": 0,
+}
 
 #: The statuses that say "not now"; all from 500 on do, too.
 _LATER: Final = frozenset({408, 409, 425, 429})
@@ -90,15 +96,20 @@ async def complete(call: ModelCall) -> ModelReply:
     Nothing is tried again and nothing times out here. Raises `ModelError`, whose `retry` says whether the same call
     might work later. Cancelling the awaiting task aborts the HTTP request.
     """
-    # The import would hold up the whole loop for seconds; in a thread it does not.
-    litellm = await asyncio.to_thread(_litellm) if _litellm.cache_info().currsize == 0 else _litellm()
+    litellm = await loaded()
     import openai
 
     try:
         response = await litellm.acompletion(**_arguments(call))
     except openai.OpenAIError as error:
-        raise _translated(call.model, error) from error
+        raise translated(call.model, error) from error
     return _reply(call, response)
+
+
+async def loaded() -> Any:
+    """litellm, imported where it was not."""
+    # The import would hold up the whole loop for seconds; in a thread it does not.
+    return await asyncio.to_thread(_litellm) if _litellm.cache_info().currsize == 0 else _litellm()
 
 
 async def aclose() -> None:
@@ -155,14 +166,7 @@ def _arguments(call: ModelCall) -> dict[str, Any]:
     # A copy down to the leaves: litellm changes messages in place for some providers.
     sent = call.model_dump()
     messages: list[dict[str, JsonValue]] = list(sent["messages"])
-    arguments: dict[str, Any] = {
-        "model": call.model,
-        "messages": messages,
-        "timeout": _NEVER_S,
-        # The client below litellm tries again by itself, unless told not to; attempts are ours to count.
-        "max_retries": 0,
-        "num_retries": 0,
-    }
+    arguments: dict[str, Any] = {"model": call.model, "messages": messages, **ONCE}
     if call.temperature is not None:
         arguments["temperature"] = call.temperature
     if call.max_tokens is not None:
@@ -219,7 +223,7 @@ def _usage(call: ModelCall, text: str, counted: Any) -> Usage:
     return prices.usage(call.model, asked, answered)
 
 
-def _translated(model: str, error: Exception) -> ModelError:
+def translated(model: str, error: Exception) -> ModelError:
     """A provider's error as one of ours: what happened, to which model, and what to do."""
     chain = tuple(_chain(error))
     names = frozenset(type(link).__name__ for link in chain)

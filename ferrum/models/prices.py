@@ -21,7 +21,7 @@ from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from ferrum.governance.acts import ModelCall
+from ferrum.governance.acts import Embedding, ModelCall
 from ferrum.models import files
 from ferrum.results import Usage
 from ferrum.settings import settings
@@ -36,6 +36,8 @@ _FREE: Final = ("ollama", "ollama_chat")
 
 #: What providers count for the roles and marks around a message.
 _PER_MESSAGE: Final = 8
+#: The marks before and after a text that is embedded.
+_PER_TEXT: Final = 2
 #: A picture counts by its size in pixels, up to about this; the characters of its data say nothing.
 _PER_PICTURE: Final = 2000
 
@@ -98,11 +100,13 @@ def resolve(model: str) -> str:
     return _operators().resolve(model)
 
 
-def estimate(call: ModelCall) -> Usage:
+def estimate(call: ModelCall | Embedding) -> Usage:
     """What a call will use at the most, nearly always, made in microseconds: a token for every three bytes of text.
 
-    Without `max_tokens` the answer is taken to be `DEFAULT_OUTPUT_TOKENS` long.
+    Without `max_tokens` the answer is taken to be `DEFAULT_OUTPUT_TOKENS` long. Vectors are no tokens.
     """
+    if isinstance(call, Embedding):
+        return usage(call.model, sum(math.ceil(_bytes(text) / 3) + _PER_TEXT for text in call.texts), 0)
     size = sum(_bytes(message) for message in call.messages) + _bytes(call.output_schema)
     asked = math.ceil(size / 3) + _PER_MESSAGE * len(call.messages)
     answered = DEFAULT_OUTPUT_TOKENS if call.max_tokens is None else call.max_tokens

@@ -58,6 +58,8 @@ class Cell(ABC):
     #: What PID 1 reads from and writes to; the caller closes both.
     stdin: int
     stdout: int
+    #: What PID 1 has to filter the system calls of the job with, where the backend has no filter of ours.
+    filter: bytes = b""
     #: How memory is held here.
     memory_by: MemoryBy
 
@@ -111,5 +113,5 @@ class Backend(ABC):
         """What to do about a sandbox that died before it was up and left these words; empty where that is unknown."""
         return ""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Let go of what it holds; called when all its cells are reaped."""

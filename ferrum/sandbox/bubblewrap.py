@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import select
 import shutil
 import signal
@@ -17,13 +18,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from ferrum.sandbox import program, seccomp
 from ferrum.sandbox.backend import Backend, Box, Cell, Kind, MemoryBy, Missing, Unconfined
 from ferrum.sandbox.cgroup import Cgroup, Cgroups
+from ferrum.sandbox.init import WRITABLE
 from ferrum.sandbox.reach import Reach
 from ferrum.sandbox.runtimes import Runtime
 
@@ -39,7 +41,7 @@ _LAST_WORDS = 1000
 _PATIENCE_S = 5.0
 
 #: What a program finds in `/etc`, and nothing else: what is needed to know that it is nobody, and of no network.
-_ETC: dict[str, bytes] = {
+ETC: dict[str, bytes] = {
     "passwd": b"nobody:x:65534:65534:nobody:/tmp:/bin/sh\n",
     "group": b"nogroup:x:65534:\n",
     "hosts": b"127.0.0.1 localhost\n::1 localhost\n",
@@ -48,18 +50,22 @@ _ETC: dict[str, bytes] = {
 
 #: What `/proc` tells of the machine, or lets be done to it. What programs need (`meminfo`, `cpuinfo`, `stat`, one's own
 #: processes) stays.
-_TELLING = (
+TELLING = (
     "acpi", "asound", "bootconfig", "buddyinfo", "bus", "cgroups", "cmdline", "config.gz", "consoles", "crypto",
     "devices", "diskstats", "dma", "driver", "dynamic_debug", "execdomains", "fb", "fs", "interrupts", "iomem",
     "ioports", "irq", "kallsyms", "kcore", "key-users", "keys", "kmsg", "kpagecgroup", "kpagecount", "kpageflags",
-    "latency_stats", "locks", "mdstat", "misc", "modules", "mtrr", "pagetypeinfo", "partitions", "pressure",
+    "latency_stats", "mdstat", "misc", "modules", "mtrr", "pagetypeinfo", "partitions", "pressure",
     "sched_debug", "schedstat", "scsi", "slabinfo", "softirqs", "swaps", "sys", "sysrq-trigger", "sysvipc",
     "timer_list", "timer_stats", "tty", "version_signature", "vmallocinfo", "vmstat", "zoneinfo",
 )  # fmt: skip
 
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 #: Directories that are links into `/usr` where it is merged, as it is everywhere by now.
-_MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
+MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
+
+
+_CAPABILITIES = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+_NAMESPACES = ("ipc", "mnt", "net", "pid", "uts")
 
 
 class Bubblewrap(Backend):
@@ -68,8 +74,7 @@ class Bubblewrap(Backend):
     def __init__(self, cgroups: Cgroups | None = None) -> None:
         self._cgroups = Cgroups.find() if cgroups is None else cgroups
         self._reach = Reach()
-        self._turns = itertools.count()
-        self._cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+        self._cores = Cores()
 
     def check(self) -> None:
         if sys.platform != "linux":
@@ -86,35 +91,48 @@ class Bubblewrap(Backend):
             raise Missing(f"bwrap is version {have}, and {need} or newer is needed: {_INSTALL}")
 
     def start(self, box: Box) -> Cell:
-        self._bind_to_cores(box.cpus)
-        with ExitStack() as closing:
-            user = _User.take() if os.geteuid() == 0 else None
+        self._cores.bind(box.cpus)
+        # What is the sandbox's from now on, and what only its start needs.
+        with ExitStack() as kept, ExitStack() as closing:
+            user = User.take() if os.geteuid() == 0 else None
             if user is not None:
-                self._reach.make(box.runtime.mounts, user.uid)
+                kept.callback(user.release)
+                outside = (path for path, _ in box.runtime.placed)
+                self._reach.make((*box.runtime.mounts, *outside), user.uid)
+            cgroup = self._cgroup(box)
+            if cgroup is not None:
+                kept.callback(cgroup.remove)
             files = _Files(closing)
-            info, info_end = os.pipe()
             to_init, stdin = os.pipe()
             stdout, from_init = os.pipe()
+            info, info_end = os.pipe()
             errors, errors_end = os.pipe()
-            for descriptor in (info_end, to_init, from_init, errors_end):
+            for descriptor in (stdin, stdout, info, errors):
+                kept.callback(os.close, descriptor)
+            for descriptor in (to_init, from_init, info_end, errors_end):
                 closing.callback(os.close, descriptor)
             command = [self._executable(), *self.arguments(box, files, info_end), "--", *program.command(box.runtime)]
-            process = subprocess.Popen(
-                command,
-                # `--clearenv` is for what runs inside; this is for what can be read of bwrap itself.
-                env={},
-                stdin=to_init,
-                stdout=from_init,
-                stderr=errors_end,
-                pass_fds=(info_end, *files.descriptors),
-                cwd="/",
-                start_new_session=True,
-                # Never with the host's uid 0 inside: for the kernel it may write to files of /proc and has no limits.
-                **({"user": user.uid, "group": user.uid, "extra_groups": []} if user is not None else {}),
-            )
-        for descriptor in (info, errors):
-            os.set_blocking(descriptor, False)
-        return _Cell(process, stdin, stdout, info, errors, user, self._cgroups and self._cgroups.make(box))
+            try:
+                with _no_core_dumps():
+                    process = subprocess.Popen(  # noqa: S603
+                        command,
+                        # `--clearenv` is for what runs inside; this is for what can be read of bwrap itself.
+                        env={},
+                        stdin=to_init,
+                        stdout=from_init,
+                        stderr=errors_end,
+                        pass_fds=(info_end, *files.descriptors),
+                        cwd="/",
+                        start_new_session=True,
+                        # Never with the host's uid 0 inside: the kernel lets it write to files of /proc, without limits.
+                        user=None if user is None else user.uid,
+                        group=None if user is None else user.uid,
+                        extra_groups=None if user is None else [],
+                    )
+            except (OSError, subprocess.SubprocessError) as error:
+                raise Missing(f"bwrap cannot be started: {error}") from error
+            kept.pop_all()
+        return _Cell(process, _Ends(stdin, stdout, info, errors), user, cgroup)
 
     def arguments(self, box: Box, files: _Files, info: int) -> list[str]:
         """The flags, in order: a later mount covers an earlier one."""
@@ -154,7 +172,7 @@ class Bubblewrap(Backend):
 
     def system(self, runtime: Runtime) -> list[str]:
         arguments = ["--ro-bind", "/usr", "/usr"]
-        for name in _MERGED:
+        for name in MERGED:
             path = Path("/", name)
             if path.is_symlink():
                 arguments += ["--symlink", str(path.readlink()), str(path)]
@@ -164,6 +182,8 @@ class Bubblewrap(Backend):
         arguments += ["--tmpfs", "/usr/local"]
         for path in map(Path, runtime.mounts):
             arguments += ["--ro-bind", str(path), str(path)]
+        for outside, inside in runtime.placed:
+            arguments += ["--ro-bind", outside, inside]
         for directory in runtime.hidden:
             arguments += ["--tmpfs", directory]
         if not any(mount.startswith("/usr/local/") for mount in runtime.mounts):
@@ -173,7 +193,7 @@ class Bubblewrap(Backend):
 
     def etc(self, files: _Files) -> list[str]:
         arguments = []
-        for name, content in _ETC.items():
+        for name, content in ETC.items():
             arguments += ["--file", str(files.hold(content)), f"/etc/{name}"]
         # Where libraries are, and which of several programs is meant (`awk`): what `/usr` alone leaves out.
         for path in ("/etc/ld.so.cache", "/etc/alternatives"):
@@ -182,7 +202,7 @@ class Bubblewrap(Backend):
 
     def proc(self) -> list[str]:
         arguments = ["--proc", "/proc"]
-        for name in _TELLING:
+        for name in TELLING:
             path = Path("/proc", name)
             if path.is_dir():
                 arguments += ["--tmpfs", str(path), "--remount-ro", str(path)]
@@ -201,7 +221,7 @@ class Bubblewrap(Backend):
 
     def writable(self, disk: int) -> list[str]:
         arguments = []
-        for path in ("/job", "/tmp", "/dev/shm"):
+        for path in WRITABLE:
             arguments += ["--perms", "0700", "--size", str(disk), "--tmpfs", path]
         return arguments
 
@@ -218,14 +238,30 @@ class Bubblewrap(Backend):
     def explain(self, words: str) -> str:
         return _explain(words)
 
+    def _cgroup(self, box: Box) -> Cgroup | None:
+        if self._cgroups is None:
+            return None
+        try:
+            return self._cgroups.make(box)
+        except OSError as error:
+            raise Missing(f"no cgroup can be made for a sandbox, though that was possible before: {error}") from error
+
     def _executable(self) -> str:
         return shutil.which("bwrap") or ""
 
-    def _bind_to_cores(self, cpus: float) -> None:
-        """This thread, and with it what it starts. Nobody inside may change it."""
-        count = min(len(self._cores), math.ceil(cpus))
+
+class Cores:
+    """The processor cores of this machine, given out in turn."""
+
+    def __init__(self) -> None:
+        self._turns = itertools.count()
+        self._all = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+
+    def bind(self, cpus: float) -> None:
+        """This thread, and with it what it starts, to as many as `cpus` needs. Nobody inside may change it."""
+        count = min(len(self._all), math.ceil(cpus))
         first = next(self._turns) * count
-        os.sched_setaffinity(0, {self._cores[(first + at) % len(self._cores)] for at in range(count)})
+        os.sched_setaffinity(0, {self._all[(first + at) % len(self._all)] for at in range(count)})
 
 
 class _Files:
@@ -244,7 +280,7 @@ class _Files:
         return descriptor
 
 
-class _User:
+class User:
     """A user of the host that no other sandbox of this machine has at the same time."""
 
     def __init__(self, uid: int, lock: socket.socket) -> None:
@@ -252,7 +288,7 @@ class _User:
         self._lock = lock
 
     @classmethod
-    def take(cls) -> _User:
+    def take(cls) -> User:
         for uid in range(FIRST_USER, FIRST_USER + _USERS):
             lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             try:
@@ -268,21 +304,39 @@ class _User:
         self._lock.close()
 
 
+@contextmanager
+def _no_core_dumps() -> Iterator[None]:
+    """See `job.limits`. What is started now has this limit, and the filter does not let it have another one.
+
+    Where the machine's own limit is 0 it stays 0.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (1 if hard else 0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
+
+
+@dataclass(frozen=True, slots=True)
+class _Ends:
+    """Our ends of its pipes."""
+
+    stdin: int
+    stdout: int
+    #: What bwrap says of itself.
+    info: int
+    errors: int
+
+
 class _Cell(Cell):
-    def __init__(
-        self,
-        process: subprocess.Popen[bytes],
-        stdin: int,
-        stdout: int,
-        info: int,
-        errors: int,
-        user: _User | None,
-        cgroup: Cgroup | None,
-    ) -> None:
-        self.stdin, self.stdout = stdin, stdout
+    def __init__(self, process: subprocess.Popen[bytes], ends: _Ends, user: User | None, cgroup: Cgroup | None) -> None:
+        self.stdin, self.stdout = ends.stdin, ends.stdout
         self.memory_by: MemoryBy = "watchdog" if cgroup is None else "cgroup"
         self._process = process
-        self._info, self._errors = info, errors
+        self._info, self._errors = ends.info, ends.errors
+        for descriptor in (self._info, self._errors):
+            os.set_blocking(descriptor, False)
         self._user, self._cgroup = user, cgroup
         self._init: int | None = None
         self._words = ""
@@ -354,25 +408,30 @@ def _status(pid: int) -> dict[str, str]:
 
 def _unconfined(status: Mapping[str, str], told: Mapping[str, int], parent: int, uid: int) -> str:
     """What is wrong with a process that should be confined; empty where nothing is."""
-    if status["PPid"] != str(parent) or status["NSpid"].split()[-1] != "1":
-        return "its PID 1 is not what bwrap started"
-    for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
-        if int(status[name], 16):
-            return f"it has capabilities ({name} {status[name]})"
-    if status["NoNewPrivs"] != "1":
-        return "it can gain privileges (NoNewPrivs is not set)"
-    if status["Seccomp"] != "2":
-        return "no filter holds its system calls"
-    if uid == 0 or set(status["Uid"].split()) != {str(uid)} or status["uid_map"] != f"{NOBODY} {uid} 1":
-        return f"it is the wrong user (uid {status['Uid'].split()[0]})"
-    for kind in ("cgroup", "ipc", "mnt", "net", "pid", "uts"):
-        if told.get(f"{kind}-namespace") == Path(f"/proc/self/ns/{kind}").stat().st_ino and kind != "cgroup":
-            return f"it shares our {kind} namespace"
-    return ""
+    capabilities = [f"{name} {status[name]}" for name in _CAPABILITIES if int(status[name], 16)]
+    shared = [kind for kind in _NAMESPACES if told.get(f"{kind}-namespace") in (None, _namespace(kind))]
+    wrong = {
+        "its PID 1 is not what bwrap started": status["PPid"] != str(parent) or status["NSpid"].split()[-1] != "1",
+        f"it has capabilities ({', '.join(capabilities)})": bool(capabilities),
+        "it can gain privileges (NoNewPrivs is not set)": status["NoNewPrivs"] != "1",
+        "no filter holds its system calls": status["Seccomp"] != "2",
+        f"it is the wrong user ({status['Uid']}; {status['uid_map']})": uid == 0
+        or set(status["Uid"].split()) != {str(uid)}
+        or status["uid_map"] != f"{NOBODY} {uid} 1",
+        f"it shares namespaces with us ({', '.join(shared)})": bool(shared),
+    }
+    return "; ".join(problem for problem, holds in wrong.items() if holds)
+
+
+def _namespace(kind: str) -> int:
+    """The number of our own."""
+    return Path(f"/proc/self/ns/{kind}").stat().st_ino
 
 
 def _version(executable: str) -> tuple[int, ...]:
-    said = subprocess.run([executable, "--version"], capture_output=True, text=True, env={}, check=False).stdout
+    said = subprocess.run(  # noqa: S603
+        [executable, "--version"], capture_output=True, text=True, env={}, check=False
+    ).stdout
     number = said.split()[-1] if said.split() else "0"
     return tuple(int(part) for part in number.split(".") if part.isdigit())
 

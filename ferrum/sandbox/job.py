@@ -26,10 +26,11 @@ MOST_FILES = 256
 MOST_BYTES = 64 * 2**20
 DEPTH = 16
 #: Bytes of the file that holds its output.
-MOST_OUTPUT = 16 * 2**20
+MOST_OUTPUT = 2 * 2**20
 #: What costs the kernel memory that is nobody's.
 MOST_INODES = 20_000
 MOST_SOCKETS = 256
+MOST_LOCKS = 512
 MOST_OPEN = 128
 
 _LONGEST_ARGUMENT = 128 * 1024 - 1
@@ -82,6 +83,7 @@ class Job:
             "processes": run.processes,
             "inodes": MOST_INODES,
             "sockets": MOST_SOCKETS,
+            "locks": MOST_LOCKS,
             "keep": KEPT,
             "most": MOST_SAID,
             "outputs": [*run.outputs, run.output_file],
@@ -110,7 +112,9 @@ class Job:
         if len(content) > MOST_OUTPUT:
             return False, None, f"{name}: more than {MOST_OUTPUT} bytes of JSON"
         try:
-            value: JsonValue = json.loads(content, parse_constant=_no_number)
+            value: JsonValue = json.loads(content)
+            # Neither numbers without end nor halves of characters, which nobody could keep.
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
         except (ValueError, RecursionError) as error:
             return False, None, f"{name}: it is not JSON: {str(error)[:200]}"
         return True, value, ""
@@ -124,12 +128,14 @@ def limits(run: CodeRun) -> dict[int, int]:
     """What the kernel holds each process to, by the numbers of setrlimit(2)."""
     return {
         # Not close: address space is also what is never used. The watchdog is the closer one.
-        resource.RLIMIT_AS: 2 * run.memory + 2**30,
+        resource.RLIMIT_AS: 2 * run.memory + 2**31,
         # PID 1 is one of them.
         resource.RLIMIT_NPROC: run.processes + 1,
         resource.RLIMIT_NOFILE: MOST_OPEN,
         resource.RLIMIT_FSIZE: run.disk,
-        resource.RLIMIT_CORE: 0,
+        # Not 0, which a core dump that goes to a program (systemd-coredump, apport) ignores: 1 is the kernel's word for
+        # none at all. Else each crash would be written to a disk of the host's. `seccomp.py` keeps it so.
+        resource.RLIMIT_CORE: 1,
         resource.RLIMIT_CPU: cpu_seconds(run),
         resource.RLIMIT_MEMLOCK: 64 * 1024,
         resource.RLIMIT_SIGPENDING: 256,
@@ -142,26 +148,36 @@ def cpu_seconds(run: CodeRun) -> int:
     return math.ceil(run.timeout_s * run.cpus) + 1
 
 
-def why(run: CodeRun, ended: Mapping[str, Any], last_words: str, *, no_memory: bool) -> tuple[WhyEnded, str]:
-    """Why a job ended, and a sentence about it, from what PID 1 said, its last words on stderr, and the kernel's count."""
+def why(run: CodeRun, ended: Mapping[str, Any], last_words: str, no_memory: bool) -> tuple[WhyEnded, str]:
+    """Why a job ended and a sentence about it.
+
+    From what PID 1 said, the job's last words on stderr, and whether the kernel killed for memory.
+    """
     exit_code, number = ended.get("exit"), ended.get("signal")
     if exit_code == 0:
         return WhyEnded.OK, ""
-    killed_for = ended.get("why")
-    cpu = float(ended.get("cpu") or 0)
-    if killed_for == "memory" or no_memory or _says(last_words, _NO_MEMORY):
-        return WhyEnded.MEMORY, f"it used more than its {_size(run.memory)} of memory"
-    if killed_for == "output":
-        return WhyEnded.OUTPUT, f"it wrote more than {_size(MOST_SAID)} to stdout or stderr"
-    if killed_for == "processes":
-        return WhyEnded.KILLED, f"it had more than {run.processes} processes and threads"
-    if killed_for == "disk" or number == signal.SIGXFSZ or ended.get("full") or _says(last_words, _NO_DISK):
-        return WhyEnded.DISK, f"its files needed more than {_size(run.disk)}, or were more than {MOST_INODES}"
-    if number == signal.SIGXCPU or (number == signal.SIGKILL and cpu >= cpu_seconds(run) - 1):
-        return WhyEnded.TIMEOUT, f"it used more than {cpu_seconds(run)} s of processor time"
-    if number:
-        return WhyEnded.ERROR, f"it was ended by {signal_name(number)}"
-    return WhyEnded.ERROR, f"it exited with {exit_code}"
+    for_what = ended.get("why")
+    spent = number == signal.SIGKILL and float(ended.get("cpu") or 0) >= cpu_seconds(run) - 1
+    reasons = {
+        WhyEnded.MEMORY: (
+            for_what == "memory" or no_memory or _says(last_words, _NO_MEMORY),
+            f"it used more than its {_size(run.memory)} of memory",
+        ),
+        WhyEnded.OUTPUT: (for_what == "output", f"it wrote more than {_size(MOST_SAID)} to stdout or stderr"),
+        WhyEnded.KILLED: (for_what == "processes", f"it had more than {run.processes} processes and threads"),
+        WhyEnded.DISK: (
+            for_what == "disk" or number == signal.SIGXFSZ or ended.get("full") or _says(last_words, _NO_DISK),
+            f"its files needed more than {_size(run.disk)}, or were more than {MOST_INODES}",
+        ),
+        WhyEnded.TIMEOUT: (
+            number == signal.SIGXCPU or spent,
+            f"it used more than {cpu_seconds(run)} s of processor time",
+        ),
+    }
+    for reason, (holds, sentence) in reasons.items():
+        if holds:
+            return reason, sentence
+    return WhyEnded.ERROR, f"it was ended by {signal_name(number)}" if number else f"it exited with {exit_code}"
 
 
 def signal_name(number: int) -> str:
@@ -212,10 +228,6 @@ def _is_path(path: str) -> bool:
 def _says(last_words: str, signs: tuple[str, ...]) -> bool:
     last = last_words.rstrip().rpartition("\n")[2]
     return any(sign in last for sign in signs)
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _size(size: int) -> str:

@@ -55,7 +55,8 @@ class Sandbox:
     async def start(cls, backend: Backend, box: Box, thread: Executor, warm: bool = False) -> Sandbox:
         """One that is confined and checked. A `warm` one goes on to import what its runtime says; see `ready`.
 
-        `thread` is the one that the backend lives in. Raises `Missing`, `Unconfined`, or `SandboxError` for one that did not come up.
+        `thread` is the one that the backend lives in. Raises `Missing`, `Unconfined`, or `SandboxError` for one that
+        did not come up.
         """
         starting = asyncio.get_running_loop().run_in_executor(thread, backend.start, box)
         try:
@@ -71,7 +72,13 @@ class Sandbox:
                 await sandbox._expect(wire.UP)
                 cell.confirm()
                 runtime = box.runtime
-                prepare = {"warm": runtime.warm if warm else (), "paths": runtime.paths, "env": dict(runtime.env)}
+                prepare = {
+                    "warm": runtime.warm if warm else (),
+                    "paths": runtime.paths,
+                    "env": dict(runtime.env),
+                    "links": runtime.links,
+                    "filter": cell.filter,
+                }
                 await sandbox._send(wire.frame(wire.PREPARE, marshal.dumps(prepare, 2)))
         except (Died, OSError, ValueError) as error:
             await sandbox.end()
@@ -167,7 +174,7 @@ class Sandbox:
             if self._cell.ran_out_of_memory():
                 return WhyEnded.MEMORY, "the kernel killed it for its memory", {}
             return WhyEnded.KILLED, f"its sandbox died{self._words()}", {}
-        reason, detail = why(run, ended, heard.text(wire.STDERR), no_memory=self._cell.ran_out_of_memory())
+        reason, detail = why(run, ended, heard.text(wire.STDERR), self._cell.ran_out_of_memory())
         if reason is WhyEnded.OK and heard.too_much:
             return WhyEnded.OUTPUT, "it left more files than it may give back", ended
         return reason, detail, ended
@@ -289,7 +296,7 @@ class _Heard:
         self._finish()
         try:
             done = json.loads(body)
-            self._refusals = [str(one)[:500] for one in done["refused"][:100]]
+            self._refusals = [_printable(str(one)[:500]) for one in done["refused"][:100]]
             self.too_much = bool(done["too_much"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise Died from error
@@ -314,6 +321,11 @@ class _Heard:
         if self._file is not None:
             self.files[self._name] = bytes(self._file)
         self._file = None
+
+
+def _printable(text: str) -> str:
+    """Names of files are anything, also what moves a terminal's cursor."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def _checked(body: bytes) -> dict[str, Any]:
@@ -346,7 +358,12 @@ async def _turn(descriptor: int, *, write: bool) -> None:
     loop = asyncio.get_running_loop()
     turn = loop.create_future()
     add, remove = (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)
-    add(descriptor, lambda: turn.done() or turn.set_result(None))
+
+    def wake() -> None:
+        if not turn.done():
+            turn.set_result(None)
+
+    add(descriptor, wake)
     try:
         await turn
     finally:

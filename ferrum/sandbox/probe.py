@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from ferrum.errors import FerrumError
 from ferrum.governance.acts import CodeRun, WhyEnded
 from ferrum.sandbox.backend import Backend, Box, Kind, MemoryBy
 from ferrum.sandbox.job import Job
-from ferrum.sandbox.life import Sandbox, Starter
+from ferrum.sandbox.life import Starter
 from ferrum.sandbox.runtimes import Runtime
 
 
@@ -46,8 +45,17 @@ def attack(name, act):
 attack("reads files of the worker", lambda: os.stat(os.environ["PROBE_FILE"]))
 attack("sees processes of the host", lambda: os.environ["PROBE_PID"] in os.listdir("/proc") and os.path.samefile(
     "/proc/self/ns/pid", f"/proc/{os.environ['PROBE_PID']}/ns/pid"))
-attack("reads the environment of PID 1", lambda: open("/proc/1/environ").read(1))
-attack("opens the wire", lambda: os.listdir("/proc/1/fd"))
+def opened():
+    for name in os.listdir("/proc/1/fd"):
+        for how in (os.O_RDONLY, os.O_WRONLY):
+            try:
+                os.open(f"/proc/1/fd/{name}", how | os.O_NONBLOCK)
+            except OSError:
+                continue
+            if os.readlink(f"/proc/1/fd/{name}") != "/dev/null":
+                return True
+attack("reads the environment of PID 1", lambda: open("/proc/1/environ").read().replace("HOME=/\\0", "") or None)
+attack("opens the wire", opened)
 attack("writes to the system", lambda: open("/usr/probe", "w"))
 attack("makes internet sockets", lambda: socket.socket(socket.AF_INET))
 attack("makes sockets to the hypervisor", lambda: socket.socket(40))
@@ -66,7 +74,7 @@ async def probe(backend: Backend, start: Starter, runtime: Runtime) -> Probe:
     """Run a small attack in a sandbox of this backend."""
     try:
         backend.check()
-        env = {"PROBE_FILE": str(Path(__file__).resolve()), "PROBE_PID": str(os.getpid())}
+        env = {"PROBE_FILE": __file__, "PROBE_PID": str(os.getpid())}
         run = CodeRun(code=_ATTACK, env=env)
         sandbox = await start(Box.of(run, runtime), False)
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import marshal
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -50,11 +51,21 @@ def command(runtime: Runtime) -> list[str]:
 @cache
 def program() -> bytes:
     """What PID 1 has to be sent first."""
-    modules = []
-    for name in _MODULES:
-        file = _HERE / f"{name.rpartition('.')[2]}.py"
-        source = file.read_bytes() if file.exists() else b""
-        modules.append((name, marshal.dumps(compile(source, name, "exec", dont_inherit=True)), source))
+    return packed(sources())
+
+
+def sources() -> dict[str, str]:
+    """The modules that PID 1 is made of, by name."""
+    files = {name: _HERE / f"{name.rpartition('.')[2]}.py" for name in _MODULES}
+    return {name: file.read_text(encoding="utf-8") if file.exists() else "" for name, file in files.items()}
+
+
+def packed(modules: Mapping[str, str]) -> bytes:
+    """Modules as PID 1 wants to be sent them."""
+    compiled = [
+        (name, marshal.dumps(compile(source, name, "exec", dont_inherit=True)), source)
+        for name, source in modules.items()
+    ]
     # Version 2 of the format is read by every Python 3.
-    body = marshal.dumps((importlib.util.MAGIC_NUMBER, modules), 2)
+    body = marshal.dumps((importlib.util.MAGIC_NUMBER, compiled), 2)
     return len(body).to_bytes(4, "big") + body

@@ -48,12 +48,13 @@ class Reach:
                 self._covered[closed] = os.open(closed, os.O_PATH | os.O_DIRECTORY)
                 _mount("tmpfs", str(closed), "tmpfs", 0, "mode=755")
             source = f"/proc/thread-self/fd/{self._covered[closed]}/{path.relative_to(closed)}"
-            _place(path, is_directory=stat.S_ISDIR(os.stat(source).st_mode))
+            _place(path, is_directory=Path(source).is_dir())
             _mount(source, str(path), "", _MS_BIND | _MS_REC)
         except PermissionError as error:
             raise Missing(
-                f"sandboxes of a root worker run as user {uid}, who cannot get to {str(path)!r} because {str(closed)!r} "
-                "is closed to others: run the worker as an ordinary user, or with a Python that is installed for all"
+                f"sandboxes of a root worker run as user {uid}, who cannot get to {str(path)!r} because "
+                f"{str(closed)!r} is closed to others: run the worker as an ordinary user, or with a Python that is "
+                "installed for all"
             ) from error
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
-from ferrum.errors import SandboxError, did_you_mean
+from ferrum.errors import FerrumError, SandboxError
 from ferrum.governance.acts import CodeReply, CodeRun
 from ferrum.sandbox.backend import Backend, Box, Kind
 from ferrum.sandbox.bubblewrap import Bubblewrap
+from ferrum.sandbox.container import Container
+from ferrum.sandbox.gvisor import GVisor
 from ferrum.sandbox.job import Job
 from ferrum.sandbox.life import Sandbox, Say
 from ferrum.sandbox.pool import Pool
@@ -19,7 +21,11 @@ from ferrum.sandbox.probe import Probe, probe
 from ferrum.sandbox.runtimes import BASIC, Runtime, basic
 
 #: In the order in which they are tried.
-BACKENDS: Mapping[Kind, Callable[[], Backend]] = {Kind.BUBBLEWRAP: Bubblewrap}
+BACKENDS: Mapping[Kind, Callable[[], Backend]] = {
+    Kind.BUBBLEWRAP: Bubblewrap,
+    Kind.GVISOR: GVisor,
+    Kind.CONTAINER: Container,
+}
 
 #: What did not work is tried again after so long: it may have been installed by then.
 _AGAIN_S = 30.0
@@ -28,7 +34,8 @@ _AGAIN_S = 30.0
 class Sandboxes:
     """Runs code of strangers for one process, on one event loop.
 
-    `use` is a backend's name, or `auto` for the first that holds here. There is no way to run code without one.
+    `use` is a backend's name, or `auto` for the first that holds here. There is no way to run code without one. `find`
+    gives the runtimes that there are beside the standard library, by name; it may block, and raises a `FerrumError`.
     """
 
     def __init__(
@@ -37,12 +44,12 @@ class Sandboxes:
         *,
         warm: int = 2,
         idle_s: float = 60.0,
-        runtimes: Callable[[], Sequence[Runtime]] = lambda: (basic(),),
+        find: Callable[[str], Runtime] | None = None,
         backends: Mapping[Kind, Callable[[], Backend]] = BACKENDS,
     ) -> None:
         self._kinds = [kind for kind in backends if use in ("auto", kind)]
         self._backends = backends
-        self._runtimes = runtimes
+        self._find = find
         self._warm, self._idle_s = warm, idle_s
         self._opening = asyncio.Lock()
         self._open: _Open | None = None
@@ -59,7 +66,7 @@ class Sandboxes:
         for what cannot be run, and where there is no sandbox here. When the awaiting task is cancelled, all of it is
         killed at once.
         """
-        runtime = self._runtime(run.runtime)
+        runtime = await self._runtime(run.runtime)
         job = Job.of(run, files, runtime)
         opened = await self._opened()
         box = Box.of(run, runtime)
@@ -82,7 +89,7 @@ class Sandboxes:
     async def prepare(self, run: CodeRun) -> None:
         """Have one ready for a run like this, if any may be kept ready; returns when it is on its way."""
         opened = await self._opened()
-        opened.pool.expect(Box.of(run, self._runtime(run.runtime)))
+        opened.pool.expect(Box.of(run, await self._runtime(run.runtime)))
 
     async def aclose(self) -> None:
         """End every sandbox and wait until nothing is left of them; what runs is told `killed`."""
@@ -94,12 +101,15 @@ class Sandboxes:
                 await self._open.close()
             self._open = None
 
-    def _runtime(self, name: str) -> Runtime:
-        known = {runtime.name: runtime for runtime in self._runtimes()}
-        if name not in known:
-            how = "" if name == BASIC else f"; `ferrum sandbox build {name} requirements.txt` makes one"
-            raise SandboxError(f"there is no runtime {name!r} here{did_you_mean(name, known)}{how}")
-        return known[name]
+    async def _runtime(self, name: str) -> Runtime:
+        if name == BASIC:
+            return basic()
+        if self._find is None:
+            raise SandboxError(f"there is no runtime {name!r} here, only {BASIC!r}")
+        try:
+            return await asyncio.to_thread(self._find, name)
+        except FerrumError as error:
+            raise SandboxError(str(error)) from error
 
     async def _opened(self) -> _Open:
         if self._closed:

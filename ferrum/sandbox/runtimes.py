@@ -25,6 +25,8 @@ class Runtime:
     interpreter: str
     #: Directories and files that are there read-only, at their own paths. `/usr` is always there.
     mounts: tuple[str, ...] = ()
+    #: Directories that are there read-only at another path: where they are outside, and inside.
+    placed: tuple[tuple[str, str], ...] = ()
     #: Directories within `mounts` that are not to be seen: they are empty inside.
     hidden: tuple[str, ...] = ()
     #: What Python finds modules in, after its standard library.
@@ -33,6 +35,8 @@ class Runtime:
     warm: tuple[str, ...] = ()
     #: Variables of the environment before those of the job.
     env: tuple[tuple[str, str], ...] = ()
+    #: Links that are made in `/tmp` before anything is imported: where, and to what.
+    links: tuple[tuple[str, str], ...] = ()
 
 
 @cache
@@ -66,6 +70,8 @@ def _installed() -> Iterator[Path]:
     for name in ("lib", sys.platlibdir):
         for packages in ("site-packages", "dist-packages"):
             yield Path(sys.base_prefix, name, f"python{version}", packages)
+    # Debian's, of the interpreter of the system.
+    yield Path("/usr/lib/python3/dist-packages")
 
 
 def _outside_usr(paths: list[str]) -> list[str]:

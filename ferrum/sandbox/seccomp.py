@@ -35,7 +35,7 @@ _ALLOWED = """
     mkdirat:258:34 rmdir:84:- creat:85:- link:86:- linkat:265:37 unlink:87:- unlinkat:263:35 symlink:88:-
     symlinkat:266:36 readlink:89:- readlinkat:267:78 chmod:90:- fchmod:91:52 fchmodat:268:53 fchmodat2:452:452
     chown:92:- fchown:93:55 lchown:94:- fchownat:260:54 umask:95:166 gettimeofday:96:169 time:201:- times:100:153
-    getrlimit:97:163 setrlimit:160:164 getrusage:98:165 sysinfo:99:179 getuid:102:174 geteuid:107:175 getgid:104:176
+    getrlimit:97:163 getrusage:98:165 sysinfo:99:179 getuid:102:174 geteuid:107:175 getgid:104:176
     getegid:108:177 getresuid:118:148 getresgid:120:150 getgroups:115:158 setuid:105:146 setgid:106:144
     setreuid:113:145 setregid:114:143 setresuid:117:147 setresgid:119:149 setpgid:109:154 getpgid:121:155
     getpgrp:111:- setsid:112:157 getsid:124:156 capget:125:90 rt_sigpending:127:136 rt_sigtimedwait:128:137
@@ -53,14 +53,14 @@ _ALLOWED = """
     openat2:437:437 newfstatat:262:79 statx:332:291 faccessat:269:48 faccessat2:439:439 getrandom:318:278
     getcpu:309:168 rseq:334:293 membarrier:324:283 close_range:436:436 pidfd_open:434:434 pidfd_send_signal:424:424
     getxattr:191:8 lgetxattr:192:9 fgetxattr:193:10 listxattr:194:11 llistxattr:195:12 flistxattr:196:13
-    pkey_alloc:330:289 pkey_free:331:290 pkey_mprotect:329:288 mseal:462:462 cachestat:451:451
+    pkey_alloc:330:289 pkey_free:331:290 pkey_mprotect:329:288 mseal:462:462
     map_shadow_stack:453:453
 """
 
 #: Allowed with some of their arguments only; see `_CHECKS`.
 _CHECKED = """
     clone:56:220 socket:41:198 socketpair:53:199 setsockopt:54:208 ioctl:16:29 prctl:157:167 prlimit64:302:261
-    setpriority:141:140 personality:135:92 fcntl:72:25 mmap:9:222
+    setpriority:141:140 personality:135:92 fcntl:72:25 mmap:9:222 setrlimit:160:164
 """
 
 #: What they are is known: other namespaces, mounts, other processes' memory, keys, the kernel's own programs and
@@ -88,7 +88,7 @@ _REFUSED = """
     inotify_add_watch:254:27 inotify_rm_watch:255:28 landlock_create_ruleset:444:444 landlock_add_rule:445:445
     landlock_restrict_self:446:446 seccomp:317:277 setxattr:188:5 lsetxattr:189:6 fsetxattr:190:7 removexattr:197:14
     lremovexattr:198:15 fremovexattr:199:16 ustat:136:- sysfs:139:- _sysctl:156:- uselib:134:- nfsservctl:180:42
-    sync:162:81 syncfs:306:267
+    sync:162:81 syncfs:306:267 cachestat:451:451
 """
 
 ALLOW = 0x7FFF0000
@@ -99,14 +99,16 @@ UNKNOWN = _ERRNO | errno.ENOSYS
 NO_FAMILY = _ERRNO | errno.EAFNOSUPPORT
 NO_TERMINAL = _ERRNO | errno.ENOTTY
 
-#: Two that are not in the tables are unknown on purpose. `clone3`: its flags are in memory, where no filter can see
-#: them; glibc then uses `clone`. x32: another set of numbers for the same calls, all of them beyond the last one here.
+# Two that are in no table are unknown on purpose. `clone3`: its flags are in memory, where no filter sees them; glibc
+# then uses `clone`. x32: other numbers for the same calls, all of them beyond the last one here.
 
-_LOAD = 0x20
-_JUMP_EQUAL = 0x15
+LOAD = 0x20
+JUMP_EQUAL = 0x15
 _JUMP_GREATER = 0x25
-_JUMP_ANY_BIT = 0x45
-_RETURN = 0x06
+JUMP_ANY_BIT = 0x45
+RETURN = 0x06
+
+_RLIMIT_CORE = 4
 
 _NUMBER = 0
 _ARCHITECTURE = 4
@@ -139,30 +141,30 @@ Block = list[Instruction]
 def _only(argument: int, values: tuple[int, ...], otherwise: int) -> Block:
     """Allowed where the argument is one of these."""
     return [
-        Instruction(_LOAD, _argument(argument)),
-        *(Instruction(_JUMP_EQUAL, value, len(values) - at) for at, value in enumerate(values)),
-        Instruction(_RETURN, otherwise),
-        Instruction(_RETURN, ALLOW),
+        Instruction(LOAD, _argument(argument)),
+        *(Instruction(JUMP_EQUAL, value, len(values) - at) for at, value in enumerate(values)),
+        Instruction(RETURN, otherwise),
+        Instruction(RETURN, ALLOW),
     ]
 
 
 def _none(argument: int, values: tuple[int, ...], otherwise: int) -> Block:
     """Allowed where the argument is none of these."""
     return [
-        Instruction(_LOAD, _argument(argument)),
-        *(Instruction(_JUMP_EQUAL, value, len(values) - at) for at, value in enumerate(values)),
-        Instruction(_RETURN, ALLOW),
-        Instruction(_RETURN, otherwise),
+        Instruction(LOAD, _argument(argument)),
+        *(Instruction(JUMP_EQUAL, value, len(values) - at) for at, value in enumerate(values)),
+        Instruction(RETURN, ALLOW),
+        Instruction(RETURN, otherwise),
     ]
 
 
 def _no_bit(argument: int, bits: int, otherwise: int) -> Block:
     """Allowed where the argument has none of these bits."""
     return [
-        Instruction(_LOAD, _argument(argument)),
-        Instruction(_JUMP_ANY_BIT, bits, 1),
-        Instruction(_RETURN, ALLOW),
-        Instruction(_RETURN, otherwise),
+        Instruction(LOAD, _argument(argument)),
+        Instruction(JUMP_ANY_BIT, bits, 1),
+        Instruction(RETURN, ALLOW),
+        Instruction(RETURN, otherwise),
     ]
 
 
@@ -170,19 +172,42 @@ def _socket_option() -> Block:
     """Any but the size of a socket's buffer: that is the kernel's memory and nobody's, 3.7 GB of it."""
     level, names = 1, (7, 8, 32, 33)
     return [
-        Instruction(_LOAD, _argument(1)),
-        Instruction(_JUMP_EQUAL, level, 1),
-        Instruction(_RETURN, ALLOW),
+        Instruction(LOAD, _argument(1)),
+        Instruction(JUMP_EQUAL, level, 1),
+        Instruction(RETURN, ALLOW),
         *_none(2, names, REFUSE),
+    ]
+
+
+def _own_limits() -> Block:
+    """One's own, for PID 1 has the same user; and not RLIMIT_CORE, which may only be asked for.
+
+    It is set to what stops a core dump from being handed to a program of the host's.
+    """
+    return [
+        Instruction(LOAD, _argument(0)),
+        Instruction(JUMP_EQUAL, 0, 1),
+        Instruction(RETURN, REFUSE),
+        Instruction(LOAD, _argument(1)),
+        Instruction(JUMP_EQUAL, _RLIMIT_CORE, 1),
+        Instruction(RETURN, ALLOW),
+        # Where the new limit is; both halves of the address.
+        Instruction(LOAD, _argument(2)),
+        Instruction(JUMP_EQUAL, 0, 1),
+        Instruction(RETURN, REFUSE),
+        Instruction(LOAD, _argument(2) + 4),
+        Instruction(JUMP_EQUAL, 0, 1),
+        Instruction(RETURN, REFUSE),
+        Instruction(RETURN, ALLOW),
     ]
 
 
 def _priority() -> Block:
     """One's own: it could make PID 1 wait for it, and so outrun it."""
     return [
-        Instruction(_LOAD, _argument(0)),
-        Instruction(_JUMP_EQUAL, 0, 1),
-        Instruction(_RETURN, REFUSE),
+        Instruction(LOAD, _argument(0)),
+        Instruction(JUMP_EQUAL, 0, 1),
+        Instruction(RETURN, REFUSE),
         *_only(1, (0,), REFUSE),
     ]
 
@@ -204,13 +229,14 @@ _CHECKS: dict[str, Block] = {
     # PDEATHSIG, DUMPABLE, NAME, SECCOMP (to ask), CAPBSET_READ, TIMERSLACK, NO_NEW_PRIVS, THP_DISABLE, SPECULATION (to
     # ask), and SET_VMA, by which glibc names its memory.
     "prctl": _only(0, (1, 2, 3, 4, 15, 16, 21, 23, 29, 30, 38, 39, 41, 42, 52, 0x53564D41), REFUSE),
-    # One's own: PID 1 has the same user.
-    "prlimit64": _only(0, (0,), REFUSE),
+    "prlimit64": _own_limits(),
+    "setrlimit": _none(0, (_RLIMIT_CORE,), REFUSE),
     "setpriority": _priority(),
     # To ask, and what it is anyway: not READ_IMPLIES_EXEC or a fixed layout of memory.
     "personality": _only(0, (0, 0xFFFFFFFF), REFUSE),
-    # F_SETLEASE, F_NOTIFY, and F_SETPIPE_SZ, which is the kernel's memory again.
-    "fcntl": _none(1, (1024, 1026, 1031), REFUSE),
+    # F_SETLEASE, F_NOTIFY, F_SETPIPE_SZ, which is the kernel's memory again, and F_OFD_SETLK and F_OFD_SETLKW, locks
+    # that PID 1 could not count.
+    "fcntl": _none(1, (1024, 1026, 1031, 37, 38), REFUSE),
     # MAP_HUGETLB: memory that is not counted as anybody's.
     "mmap": _no_bit(3, 0x40000, REFUSE),
 }
@@ -224,9 +250,9 @@ def rules(machine: str) -> dict[int, Block]:
             "that execute code on one of these"
         )
     column = _MACHINES[machine][1]
-    found = {number: [Instruction(_RETURN, ALLOW)] for _, number in _numbers(_ALLOWED, column)}
+    found = {number: [Instruction(RETURN, ALLOW)] for _, number in _numbers(_ALLOWED, column)}
     found |= {number: _CHECKS[name] for name, number in _numbers(_CHECKED, column)}
-    found |= {number: [Instruction(_RETURN, REFUSE)] for _, number in _numbers(_REFUSED, column)}
+    found |= {number: [Instruction(RETURN, REFUSE)] for _, number in _numbers(_REFUSED, column)}
     return found
 
 
@@ -234,6 +260,12 @@ def number_of(name: str, machine: str) -> int:
     """The number of a system call."""
     column = _MACHINES[machine][1]
     return dict(_numbers(_ALLOWED + _CHECKED + _REFUSED, column))[name]
+
+
+def names(machine: str) -> dict[int, str]:
+    """What each number is called."""
+    column = _MACHINES[machine][1]
+    return {number: name for name, number in _numbers(_ALLOWED + _CHECKED + _REFUSED, column)}
 
 
 def program(machine: str | None = None) -> bytes:
@@ -245,10 +277,10 @@ def program(machine: str | None = None) -> bytes:
 def assemble(machine: str, known: Mapping[int, Block]) -> bytes:
     """Rules as a program: a wrong architecture kills, then the numbers are gone through in order."""
     instructions = [
-        Instruction(_LOAD, _ARCHITECTURE),
-        Instruction(_JUMP_EQUAL, _MACHINES[machine][0], 1),
-        Instruction(_RETURN, KILL),
-        Instruction(_LOAD, _NUMBER),
+        Instruction(LOAD, _ARCHITECTURE),
+        Instruction(JUMP_EQUAL, _MACHINES[machine][0], 1),
+        Instruction(RETURN, KILL),
+        Instruction(LOAD, _NUMBER),
     ]
     for last, block in _ranges(known):
         # The last range has no end; the kernel refuses a jump that leads out of the program.
@@ -259,7 +291,7 @@ def assemble(machine: str, known: Mapping[int, Block]) -> bytes:
 
 def _ranges(known: Mapping[int, Block]) -> Iterator[tuple[int, Block]]:
     """Every number there is, as ranges that have the same block: the last of each, and the block."""
-    unknown = [Instruction(_RETURN, UNKNOWN)]
+    unknown = [Instruction(RETURN, UNKNOWN)]
     block = known.get(0, unknown)
     for number in range(1, max(known) + 2):
         following = known.get(number, unknown)

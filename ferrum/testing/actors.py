@@ -44,8 +44,8 @@ class ScriptedActors:
         self._said[target].extend(what)
         return self
 
-    def warm(self) -> None:
-        """Nothing to import."""
+    async def warm(self, kinds: frozenset[str]) -> None:
+        """Nothing to make ready."""
 
     def estimate(self, act: Act[Any]) -> Usage:
         return self.costs if isinstance(act, ModelCall) else act.counts

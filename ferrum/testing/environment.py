@@ -15,8 +15,8 @@ from ferrum.local.redis import celery_url
 #: What remembers the environment once it was read, by module.
 _CACHES = {
     "ferrum.settings": ("settings", "_secrets"),
-    "ferrum.runs": ("record", "artifacts"),
-    "tasks.artifact": ("_store",),
+    "ferrum.artifacts": ("process_artifacts",),
+    "ferrum.runs": ("record",),
 }
 
 

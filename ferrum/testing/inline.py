@@ -135,8 +135,8 @@ class _Real:
             self._made = LiveActors(settings())
         return self._made
 
-    def warm(self) -> None:
-        self._actors().warm()
+    async def warm(self, kinds: frozenset[str]) -> None:
+        await self._actors().warm(kinds)
 
     def estimate(self, act: Act[Any]) -> Usage:
         return self._actors().estimate(act)

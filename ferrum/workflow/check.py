@@ -122,6 +122,7 @@ class _Check:
         body = _Body.of(mapping(self._workflow.get("steps")), ("steps",))
         yield from self._body(body, _Scope())
         yield from self._values(self._workflow.get("outputs"), ("outputs",), _Scope(((body, None),)))
+        yield from self._hold_ups()
 
     def _input(self, name: str, spec: Written) -> Iterator[Problem]:
         known = (*INPUT_FIELDS, *INPUT_KEYWORDS)
@@ -227,6 +228,19 @@ class _Check:
             yield self._places.problem(message, *body.where, first, key=True)
             edges = {name: needs - set(cycle) for name, needs in edges.items() if name not in cycle}
 
+    def _hold_ups(self) -> Iterator[Problem]:
+        """What waits for something that a step around it keeps until all inside of it is over."""
+        around = {where: kept for where, step in walk(self._workflow) if (kept := _kept(step))}
+        if not around:
+            return
+        # Also what is inside of a workflow in this one: that is checked by itself, and knows nothing of what is around.
+        for where, step in walk(self._workflow, deep=True):
+            for way, key in _kept(step):
+                holders = (where[:end] for end in range(2, len(where)) if (way, key) in around.get(where[:end], ()))
+                if holder := next((one for one in holders if where[len(one)] not in _AFTER[way[0]]), None):
+                    name = ".".join(str(part) for part in holder if part != "steps")
+                    yield self._places.problem(_HOLDS_UP[way[0]].format(name, key), *where, *way)
+
     # Expressions
 
     def _values(self, value: JsonValue, where: Where, scope: _Scope) -> Iterator[Problem]:
@@ -308,6 +322,25 @@ class _Check:
 
 _NOT_A_NAME: Final = f"{{}}: a name is made of letters, digits and _, starts with no digit and has at most {MAX_NAME}"
 _AROUND: Final = "{!r} is around this step: what it returns is known only when all that is inside is over"
+
+
+#: Parts of a step that are done when it keeps nothing any more.
+_AFTER: Final = {"concurrency": ("fallback", "compensate"), "cache": ("compensate",)}
+_HOLDS_UP: Final = {
+    "concurrency": "{0!r} has a place of {1!r} until all inside of it is over, and this would wait for one: each could"
+    " wait for the other for ever; call this key something else, or leave out one of the two",
+    "cache": "{0!r} computes {1!r} until all inside of it is over, and this would wait for that: each would wait for"
+    " the other for ever; call this key something else, or leave out one of the two",
+}
+
+
+def _kept(step: Written) -> list[tuple[tuple[str, str], str]]:
+    """What a step keeps from all others while it runs, and where it says so; of expressions nobody knows before."""
+    said = [("concurrency", step.get("concurrency"))]
+    if mapping(step.get("cache")).get("scope") == "global":
+        said.append(("cache", step.get("cache")))
+    keys = [(way, mapping(spec).get("key")) for way, spec in said]
+    return [((way, "key"), key) for way, key in keys if isinstance(key, str) and "{{" not in key]
 
 
 def _wrong_name(name: str, scope: _Scope) -> str | None:

@@ -367,7 +367,7 @@ _NOT_DUMPED: Final = {"id", "params", "route", "steps", "cases", "default", "amo
 
 
 def _names(value: JsonValue) -> frozenset[str]:
-    return Template.compile(value).references
+    return Template.compile(value).references if value else frozenset()
 
 
 def _condition(text: str | None) -> frozenset[str]:
@@ -433,6 +433,11 @@ class Workflow(_Part):
     def of(cls, value: Mapping[str, object]) -> Workflow:
         """A workflow from plain data, as an author would write it. Raises `WorkflowError`."""
         return cls._built(plain(value), Places())
+
+    @classmethod
+    def kept(cls, document: str) -> Workflow:
+        """A workflow from the JSON of its `to_dict`: it was found to hold together then, and is not looked at again."""
+        return cls.model_validate(json.loads(document))
 
     @classmethod
     def _built(cls, value: JsonValue, places: Places) -> Workflow:

@@ -101,7 +101,11 @@ def read(text: str, source: str = "", format: Format | None = None) -> tuple[Jso
 
 def plain(value: object) -> JsonValue:
     """A value made in Python as plain JSON: tuples as lists. Raises `WorkflowError` for what JSON cannot say."""
-    return _unfold(_python(value, 0), "")[0]
+    try:
+        return _copied(value, iter(range(MAX_VALUES)))
+    except ValueError:
+        # What is wrong, and where, is known to the long way.
+        return _unfold(_python(value, 0), "")[0]
 
 
 def _failed(source: str, message: str, spot: _Spot = (0, 0)) -> WorkflowError:
@@ -190,10 +194,13 @@ def _unfold(root: _Node, source: str) -> tuple[JsonValue, Places]:
     return value, Places(source, unfolding.keys, unfolding.values, frozenset(unfolding.scalars))
 
 
+_HALF: Final = re.compile("[\ud800-\udfff]")
+
+
 def _not_json(value: object) -> str | None:
     if isinstance(value, float) and not math.isfinite(value):
         return "not a finite number"
-    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+    if isinstance(value, str) and _HALF.search(value):
         return "there is half a character (a lone surrogate)"
     return None
 
@@ -363,6 +370,33 @@ class _JsonNodes:
 
 
 # Python
+
+
+def _copied(value: object, left: Iterator[int], depth: int = 0) -> JsonValue:
+    """Raises `ValueError` for what is not plain, and where nothing is left of how many values there may be."""
+    if depth > MAX_DEPTH or next(left, None) is None:
+        raise ValueError
+    match value:
+        case str():
+            return _whole(value)
+        case None | bool() | int():
+            return value
+        case float() if math.isfinite(value):
+            return value
+        case dict():
+            return {_whole(key): _copied(item, left, depth + 1) for key, item in value.items()}
+        case list() | tuple():
+            return [_copied(item, left, depth + 1) for item in value]
+    raise ValueError
+
+
+def _whole(text: object) -> str:
+    """Raises `ValueError` for what is no text, and for half a character in it."""
+    if not isinstance(text, str):
+        raise ValueError
+    if not text.isascii():
+        text.encode()
+    return text
 
 
 def _python(value: object, depth: int) -> _Node:

@@ -1,0 +1,230 @@
+"""`ferrum index …`, as people and scripts use it, and what it reads."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ferrum import cli
+from ferrum.cli.index import pairs
+from ferrum.errors import InputError
+from ferrum.retrieval import LeftOut, Original, documents, embedders, read
+from ferrum.testing.environment import environment, nothing_of_the_machine
+from ferrum.testing.model_server import ModelServer
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def ran(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Runs a command line in this process and in a folder of its own: its exit status, stdout and stderr."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+    def run(*arguments: str, tenant: str = "default") -> tuple[int, str, str]:
+        with environment({"FERRUM_HOME": str(tmp_path / "home"), "FERRUM_TENANT": tenant}):
+            status = cli.status_of(["index", *arguments])
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    with environment({**nothing_of_the_machine(), **dict.fromkeys(embedders.DEFAULTS, "")}):
+        yield run
+
+
+def write(**files: str) -> None:
+    for name, text in files.items():
+        path = Path("docs", f"{name}.md")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+
+
+def test_an_index_is_created_filled_searched_listed_and_dropped(ran: Run) -> None:
+    write(cats="# Cats\n\nThe cat purrs.", dogs="# Dogs\n\nThe dog barks.")
+    assert ran("list") == (0, "", "no indexes yet: make one with 'ferrum index create NAME'\n")
+    assert ran("create", "pets", "--embedding", "lexical") == (
+        0,
+        "pets  lexical/1 (compares words, not meaning; name a model for better)\n",
+        "",
+    )
+    assert ran("add", "pets", "docs") == (0, "2 added, 0 updated, 0 unchanged; 2 texts embedded\n", "")
+    assert ran("add", "pets", "docs/*.md") == (0, "0 added, 2 updated, 0 unchanged; 0 texts embedded\n", "")
+    assert ran("add", "pets", "docs/*.md") == (0, "0 added, 0 updated, 2 unchanged; 0 texts embedded\n", "")
+    status, out, err = ran("search", "pets", "purring cats", "--top-k", "1")
+    assert (status, err) == (0, "")
+    assert out == "1.000  docs/cats.md:1-3  Cats\n       # Cats\n       \n       The cat purrs.\n\n"
+    status, out, _ = ran("list")
+    assert out.split()[:5] == ["pets", "2", "documents", "2", "chunks"]
+    assert ran("list", tenant="other")[1] == ""
+    assert ran("drop", "pets") == (0, "dropped pets\n", "")
+    assert ran("search", "pets", "cat")[0] == 2
+
+
+def test_everything_comes_as_json(ran: Run) -> None:
+    write(cats="# Cats\n\nThe cat purrs.")
+    made = json.loads(ran("create", "pets", "--embedding", "none", "--json")[1])
+    assert {name: made[name] for name in ("tenant", "name", "embedding", "dimension", "about")} == {
+        "tenant": "default",
+        "name": "pets",
+        "embedding": "none",
+        "dimension": None,
+        "about": "no vectors, searched by words only",
+    }
+    added = json.loads(ran("add", "pets", "docs", "-m", "kind=animal", "-m", "tag=a", "-m", "tag=b", "--json")[1])
+    assert added == {"added": 1, "updated": 0, "unchanged": 0, "removed": 0, "embedded": 0, "left_out": []}
+    found = json.loads(ran("search", "pets", "purr", "--filter", "kind=animal", "--json")[1])
+    assert found == {
+        "documents": [
+            {
+                "text": "# Cats\n\nThe cat purrs.",
+                "score": 1.0,
+                "source": "docs/cats.md",
+                "position": {"line": 1, "end_line": 3, "heading": "Cats"},
+                "metadata": {"kind": "animal", "tag": ["a", "b"]},
+            }
+        ]
+    }
+    assert json.loads(ran("search", "pets", "purr", "-f", "kind=metal", "--json")[1]) == {"documents": []}
+    (listed,) = json.loads(ran("list", "--json")[1])
+    assert (listed["sources"], listed["chunks"]) == (1, 1)
+    assert json.loads(ran("drop", "pets", "--json")[1]) == {"dropped": "pets"}
+
+
+def test_what_is_gone_is_pruned_when_asked(ran: Run) -> None:
+    write(a="one", b="two")
+    ran("create", "docs", "--embedding", "none")
+    ran("add", "docs", "docs")
+    Path("docs/a.md").unlink()
+    assert (
+        ran("add", "docs", "./docs/", "--prune")[1] == "0 added, 0 updated, 1 unchanged, 1 removed; 0 texts embedded\n"
+    )
+
+
+def test_standard_input_is_a_document_with_a_name(ran: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran("create", "docs", "--embedding", "none")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"# Notes\n\nfrom a pipe")))
+    assert ran("add", "docs", "-", "--as", "notes.md")[1] == "1 added, 0 updated, 0 unchanged; 0 texts embedded\n"
+    assert ran("search", "docs", "pipe")[1].startswith("1.000  notes.md:1-3  Notes\n")
+
+
+def test_what_cannot_be_read_is_left_out_and_named(ran: Run) -> None:
+    write(a="text")
+    Path("docs/b.bin").write_bytes(b"\0\1\2")
+    ran("create", "docs", "--embedding", "none")
+    assert ran("add", "docs", "docs") == (
+        0,
+        "1 added, 0 updated, 0 unchanged, 1 left out; 0 texts embedded\n",
+        "left out: 'docs/b.bin' is no text: leave it out, or convert it first\n",
+    )
+    assert ran("add", "docs", "docs/b.bin")[0] == 2
+
+
+def test_a_terminal_is_shown_a_bar_and_is_not_steered_by_documents(ran: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(a="evil \x1b[2J\x1b]0;title\x07 text " + "and more " * 60)
+    ran("create", "docs", "--embedding", "none")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert "100%" in ran("add", "docs", "docs")[2]
+    out = ran("search", "docs", "evil")[1]
+    assert "\x1b" not in out
+    assert "evil \\x1b[2J" in out
+    assert "…" in out
+
+
+def test_a_providers_model_is_asked_with_the_key_of_the_environment(ran: Run) -> None:
+    write(cats="# Cats\n\nThe cat purrs.", dogs="# Dogs\n\nThe dog barks.")
+    with ModelServer("never asked") as server, environment(server.environ):
+        assert "openai/text-embedding-3-small (a provider's model" in ran("create", "pets")[1]
+        assert ran("add", "pets", "docs")[1] == "2 added, 0 updated, 0 unchanged; 2 texts embedded\n"
+        assert ran("search", "pets", "the cat purrs", "--mode", "vector", "--top-k", "1")[1].startswith("0.")
+        assert [(call.question.model, len(call.question.texts)) for call in server.asked] == [
+            ("text-embedding-3-small", 2),
+            ("text-embedding-3-small", 1),
+        ]
+    with (
+        ModelServer({"rules": [{"match": {"endpoint": "embeddings"}, "fail": 401}]}) as server,
+        environment(server.environ),
+    ):
+        status, _, err = ran("search", "pets", "the cat purrs")
+        assert status == 2
+        assert "model 'openai/text-embedding-3-small' has no key that works" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["create", "Bad"], "'Bad' cannot be the name of an index"),
+        (["create", "x", "--embedding", "lexcal"], "'lexcal' is no embedder (did you mean 'lexical'?)"),
+        (["create", "docs"], "index 'docs' is there already: drop it, or take another name"),
+        (["add", "docs", "nowhere"], "'nowhere': there is no such file or folder, and as a pattern it matches nothing"),
+        (["add", "docs", "*.nothing"], "'*.nothing': there is no such file"),
+        (["add", "docs"], "Missing argument"),
+        (["add", "docs", ".", "-m", "x"], "--metadata 'x': write name=value"),
+        (["add", "docs", ".", "-m", "=x"], "--metadata '=x': write name=value"),
+        (["add", "docs", "a.md", "-m", "source=x"], "stands for the document's own name"),
+        (["add", "dogs", "a.md"], "there is no index 'dogs' (did you mean 'docs'?)"),
+        (["search", "docs", ""], "the query to index 'docs' is empty"),
+        (["search", "docs", "x", "--mode", "vector"], "has no vectors"),
+        (["search", "docs", "x", "--mode", "magic"], "'magic' is not one of"),
+        (["search", "docs", "x", "--top-k", "0"], "0 is not in the range"),
+        (["search", "docs", "x", "--min-score", "2"], "2.0 is not in the range"),
+        (["search", "docs", "x", "--filter", "x"], "--filter 'x': write name=value"),
+        (["search", "dogs", "x"], "there is no index 'dogs' (did you mean 'docs'?)"),
+        (["drop", "dogs"], "there is no index 'dogs'"),
+    ],
+)
+def test_a_mistake_is_said_in_a_sentence_and_exits_with_2(ran: Run, arguments: list[str], said: str) -> None:
+    ran("create", "docs", "--embedding", "none")
+    Path("a.md").write_text("text")
+    status, out, err = ran(*arguments)
+    assert (status, out) == (2, "")
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_values_on_the_command_line_are_what_json_would_call_them() -> None:
+    assert pairs("-m", ["a=1", "b=1.10", "c=true", "d=null", "e=x=y", "f=", "g=NaN", "h=1.5", "i=[1]", "a=two"]) == {
+        "a": [1, "two"],
+        "b": "1.10",
+        "c": True,
+        "d": None,
+        "e": "x=y",
+        "f": "",
+        "g": "NaN",
+        "h": 1.5,
+        "i": "[1]",
+    }
+
+
+# What is read.
+
+
+def test_folders_are_read_without_what_is_hidden_or_made_by_tools(ran: Run) -> None:
+    for name in ("b.md", "a.md", ".hidden.md", ".git/config", "node_modules/x.md", "sub/c.md", "sub/__pycache__/x.pyc"):
+        path = Path("docs", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("text")
+    Path("docs/loop").symlink_to(".", target_is_directory=True)
+    Path("docs/nowhere").symlink_to("not-there")
+    given = list(read(["docs"], metadata={"k": 1}))
+    assert [one.name for one in given] == ["docs/a.md", "docs/b.md", "docs/nowhere", "docs/sub/c.md"]
+    assert [one.why for one in given if isinstance(one, LeftOut)] == ["'docs/nowhere' is no file that can be read"]
+    assert {(one.origin, one.metadata["k"]) for one in given if isinstance(one, Original)} == {("docs", 1)}
+    assert documents.count(["docs", "-", "docs/**/*.md", f"{Path.cwd()}/*/b.[m]d"]) == 4 + 1 + 3 + 1
+
+
+def test_a_file_that_was_named_has_to_be_readable(ran: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo("pipe")
+    with pytest.raises(InputError, match="'pipe' is no file that can be read"):
+        list(read(["pipe"]))
+    monkeypatch.setattr(documents, "LARGEST", 10)
+    Path("big.txt").write_text("x" * 11)
+    with pytest.raises(InputError, match=r"'big\.txt' has more than 0 MiB"):
+        list(read(["big.txt"]))
+    with pytest.raises(InputError, match="'-' stands for standard input, and there is none"):
+        list(read(["-"]))

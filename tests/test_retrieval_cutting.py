@@ -1,0 +1,263 @@
+"""How documents are cut: nothing is lost, every piece says truly where it is from, and none is too long."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from ferrum.errors import InputError
+from ferrum.retrieval.cutting import cut
+from ferrum.retrieval.documents import Original
+from ferrum.retrieval.store import Chunk
+
+SUFFIXES = [".md", ".py", ".go", ".txt"]
+
+_LINES = st.sampled_from(
+    [
+        "# Title", "## Part", "### Part ###", "#", "####### no", "Under", "=====", "---", "```", "~~~ sh", "", "  ",
+        "def f(a):", "    return 1", "class A:", "    def m(self):", "        x = '''", "@decorated", "# why",
+        "func main() {", "}", "type T struct {", "// about it", "a; b; c", "def x(): pass; y = 1", "if True: def",
+        "A sentence. Another one! And a third? " * 4, "word " * 60, "x" * 300, "文字がつづく。" * 30, "\x0c", "\u2028",
+    ]
+)  # fmt: skip
+_TEXTS = st.lists(_LINES | st.text(max_size=80), max_size=40).map("\n".join) | st.text(max_size=500)
+
+
+def pieces(text: str | bytes, name: str = "a.md", max_chars: int = 1000) -> list[Chunk]:
+    return cut(Original(name, text), max_chars)
+
+
+@given(text=_TEXTS, suffix=st.sampled_from(SUFFIXES), max_chars=st.integers(100, 400))
+@example("a" * 1000, ".txt", 100)
+@example("\n\n  indented\n\n", ".md", 1000)
+@example("def f(): pass\ndef g(): pass", ".py", 1000)
+def test_nothing_is_lost_nothing_is_too_long_and_positions_are_right(text: str, suffix: str, max_chars: int) -> None:
+    original = Original(f"a{suffix}", text)
+    text = original.text
+    lines = text.split("\n")
+    start, end = 0, 0
+    for chunk in cut(original, max_chars):
+        assert chunk.text.strip()
+        assert len(chunk.text) <= max_chars
+        assert chunk.subject.endswith(chunk.text)
+        assert chunk.digest == hashlib.sha256(chunk.subject.encode()).hexdigest()
+        line, end_line = chunk.position["line"], chunk.position["end_line"]
+        assert isinstance(line, int)
+        assert isinstance(end_line, int)
+        within = "\n".join(lines[line - 1 : end_line])
+        assert chunk.text in within
+        assert lines[line - 1] in within
+        # The furthest place where it can be without leaving anything but blanks out.
+        gap = len(text[end:]) - len(text[end:].lstrip())
+        at = text.rfind(chunk.text, start, end + gap + len(chunk.text))
+        blanks = len(chunk.text) - len(chunk.text.lstrip())
+        assert at >= 0, (text[start : end + 50], chunk.text)
+        assert at <= end + gap <= at + max(blanks, len(chunk.text))
+        start, end = at, at + len(chunk.text)
+    assert not text[end:].strip()
+
+
+@given(text=_TEXTS, suffix=st.sampled_from(SUFFIXES))
+def test_a_text_is_cut_the_same_way_each_time(text: str, suffix: str) -> None:
+    assert pieces(text, f"a{suffix}") == pieces(text, f"a{suffix}")
+
+
+def test_markdown_is_cut_at_its_headings_and_keeps_their_path() -> None:
+    long = "Some words about it. " * 20
+    text = f"# Guide\n\nIntroduction. {long}\n\n## Install\n\n{long}\n\n### On Linux\n\n{long}\n\n## Use\n\n{long}\n"
+    cut = pieces(text, max_chars=1000)
+    assert [chunk.position["heading"] for chunk in cut] == [
+        "Guide",
+        "Guide > Install",
+        "Guide > Install > On Linux",
+        "Guide > Use",
+    ]
+    assert [chunk.position["line"] for chunk in cut] == [1, 5, 9, 13]
+    # What is embedded also says what it is a part of.
+    assert cut[2].subject.startswith("Guide > Install\n### On Linux")
+    assert "Guide" not in cut[2].text
+
+
+def test_what_looks_like_a_heading_and_is_none_does_not_cut() -> None:
+    text = (
+        "---\ntitle: no heading\n---\n"
+        "Title\n=====\n"
+        "```sh\n# a comment\n```\n"
+        "- item\n---\n"
+        "> quote\n---\n"
+        "    # code\n"
+        "#hashtag\n"
+        "~~~\n## fenced\n```\n~~~\n"
+        "Second\n---\nEnd.\n" + "word " * 40
+    )
+    headings = [chunk.position.get("heading") for chunk in pieces(text, max_chars=100)]
+    assert set(headings) == {None, "Title", "Title > Second"}
+
+
+def test_small_parts_stay_together_under_the_heading_that_they_share() -> None:
+    text = "# Words\n\n## One\n\nA.\n\n## Two\n\nB.\n\n## Three\n\n" + "Long. " * 100
+    first, *_ = pieces(text, max_chars=300)
+    assert first.text == "# Words\n\n## One\n\nA.\n\n## Two\n\nB."
+    assert first.position == {"line": 1, "end_line": 9, "heading": "Words"}
+
+
+def test_python_is_cut_at_definitions_with_their_decorators_and_comments() -> None:
+    text = (
+        '"""About."""\nimport os\n\n# Why.\n@cached\ndef f(a):\n    return a\n\n\nclass A:\n    """Docs."""\n\n'
+        "    def m(self):\n        return 'x'\n\n    async def n(self):\n" + "        call()\n" * 30
+    )
+    cut = pieces(text, "a.py", max_chars=200)
+    named = {str(chunk.position.get("name")): chunk for chunk in reversed(cut)}
+    assert list(reversed(named)) == ["None", "f", "A", "A.m", "A.n"]
+    assert named["f"].text.startswith("# Why.\n@cached\ndef f(a):")
+    assert (named["f"].position["line"], named["f"].position["end_line"]) == (4, 7)
+    assert named["A.m"].text == "    def m(self):\n        return 'x'"
+    assert named["A.m"].subject.startswith("A.m\n")
+    # A class that is short enough stays whole.
+    assert [chunk.position.get("name") for chunk in pieces("class B:\n    def m(self): ...\n", "b.py")] == ["B"]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    ["def (", "x = '''", "\ufeffdef f(): pass", "(" * 5000 + ")" * 5000, "class A:\n\tdef m(self): 1\n        2"],
+)
+def test_python_that_is_none_is_cut_all_the_same(broken: str) -> None:
+    assert "".join(chunk.text for chunk in pieces(broken, "a.py", max_chars=20_000)) == broken
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "names"),
+    [
+        ("a.go", "package p\n\n// Adds.\nfunc Add(a int) int {\n}\n\nfunc (s *S) Get() {\n}\n", ["", "Add", "Get"]),
+        ("a.ts", "x\n\nexport async function f() {\n}\nconst g = (a) => {\n}\nexport class C {\n}\n", ["", *"fgC"]),
+        ("a.rs", "use x;\n\n/// Doc\npub(crate) fn f() {\n}\n\nimpl<T> Foo for Bar {\n}\n", ["", "f", "Foo"]),
+        ("A.java", "package a;\n\n@Deprecated\npublic final class A {\n}\n\ninterface B {\n}\n", ["", "A", "B"]),
+        ("a.c", "#include <x.h>\nint y;\n\nstatic int add(int a,\n    int b)\n{\n  if (a) {}\n}\n", ["", "add"]),
+        ("a.sql", "select 1;\n\nCREATE OR REPLACE VIEW v AS\nselect 2;\ncreate table t (a int);\n", ["", "v", "t"]),
+        ("a.sh", "set -e\n\ngreet() {\n  echo\n}\nif x; then\nfi\n", ["", "greet"]),
+        ("a.rb", "require 'x'\n\nmodule M\nend\n\ndef f(a)\nend\n", ["", "M", "f"]),
+    ],
+)  # fmt: skip
+def test_other_languages_are_cut_where_definitions_begin(name: str, text: str, names: list[str]) -> None:
+    cut = pieces(text, name)
+    assert [chunk.position.get("name", "") for chunk in cut] == names
+    assert "\n".join(chunk.text for chunk in cut).split() == text.split()
+
+
+def test_a_long_line_of_code_is_read_in_no_time() -> None:
+    assert pieces("a<b " * 200_000, "a.js")
+
+
+def test_text_is_cut_between_paragraphs_else_lines_else_sentences_else_words() -> None:
+    paragraphs = "\n\n".join(f"Paragraph {number} says a little something." for number in range(9))
+    for chunk in pieces(paragraphs, "a.txt", max_chars=150):
+        assert re.fullmatch(r"Paragraph \d .*something\.", chunk.text, re.S)
+    lines = "\n".join(f"line {number} of a list that is long" for number in range(20))
+    for chunk in pieces(lines, "a.txt", max_chars=150):
+        assert re.fullmatch(r"line \d+ .*long", chunk.text, re.S)
+    sentences = "This is a sentence of some words. " * 20
+    for chunk in pieces(sentences, "a.txt", max_chars=150):
+        assert re.fullmatch(r"(This|some|words\.|of) .*words\.", chunk.text)
+    first, second = pieces("word " * 40, "a.txt", max_chars=150)[:2]
+    assert {*first.text.split(), *second.text.split()} == {"word"}
+
+
+def test_a_paragraph_that_is_cut_in_two_overlaps_by_whole_words() -> None:
+    text = " ".join(f"w{number}" for number in range(100))
+    first, second, *_ = pieces(text, "a.txt", max_chars=100)
+    shared = second.text.split()[: second.text.split().index(first.text.split()[-1]) + 1]
+    assert first.text.endswith(" ".join(shared))
+    assert 0 < len(" ".join(shared)) <= 10
+
+
+def test_pieces_that_say_the_same_have_the_same_digest_wherever_they_are() -> None:
+    (one,), (other,) = pieces("# A\n\ntext", "a.md"), pieces("\n\n# A\n\ntext\n", "b.md")
+    assert one.digest == other.digest
+    assert one.position != other.position
+
+
+# PDF and HTML.
+
+
+def pdf(*pages: str) -> bytes:
+    """A PDF by hand, with a line of text on each page."""
+    kids = " ".join(f"{4 + 2 * number} 0 R" for number in range(len(pages)))
+    objects = [
+        "<< /Type /Catalog /Pages 2 0 R >>",
+        f"<< /Type /Pages /Kids [{kids}] /Count {len(pages)} >>",
+        "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    for number, text in enumerate(pages):
+        stream = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET" if text else ""
+        objects += [
+            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents {5 + 2 * number} 0 R "
+            "/Resources << /Font << /F1 3 0 R >> >> >>",
+            f"<< /Length {len(stream)} >>\nstream\n{stream}\nendstream",
+        ]
+    body, places = "%PDF-1.4\n", []
+    for number, one in enumerate(objects, 1):
+        places.append(len(body))
+        body += f"{number} 0 obj\n{one}\nendobj\n"
+    table = "".join(f"{place:010d} 00000 n \n" for place in places)
+    size = len(objects) + 1
+    trailer = f"trailer << /Size {size} /Root 1 0 R >>\nstartxref\n{len(body)}\n%%EOF"
+    return f"{body}xref\n0 {size}\n0000000000 65535 f \n{table}{trailer}".encode()
+
+
+def test_pdf_is_read_page_by_page() -> None:
+    cut = pieces(pdf("On the first page", "", "On the third page"), "a.pdf")
+    assert [(chunk.text, chunk.position) for chunk in cut] == [
+        ("On the first page", {"page": 1}),
+        ("On the third page", {"page": 3}),
+    ]
+
+
+@pytest.mark.parametrize("content", [b"", b"no pdf at all", pdf("cut off")[:300], b"%PDF-1.4\n\0\0\0"])
+def test_what_is_no_pdf_is_said_to_be_none(content: bytes) -> None:
+    with pytest.raises(InputError, match=r"^'a\.pdf' "):
+        pieces(content, "a.pdf")
+
+
+def test_a_pdf_of_pictures_says_that_it_has_no_text() -> None:
+    with pytest.raises(InputError, match=r"'a\.pdf' has no text, only pictures"):
+        pieces(pdf("", ""), "a.pdf")
+
+
+def test_a_pdf_with_a_password_says_so() -> None:
+    import io
+
+    from pypdf import PdfReader, PdfWriter
+
+    writer = PdfWriter(clone_from=PdfReader(io.BytesIO(pdf("secret"))))
+    writer.encrypt("hunter2", algorithm="RC4-128")
+    out = io.BytesIO()
+    writer.write(out)
+    with pytest.raises(InputError, match="needs a password"):
+        pieces(out.getvalue(), "a.pdf")
+
+
+def test_html_is_read_without_scripts_and_menus_and_cut_at_its_headings() -> None:
+    html = (
+        "<html><head><title>T</title><style>p {}</style></head><body><nav>Home</nav><main><h1>Guide</h1><p>Hello "
+        "<a href='x'>there</a>.</p><script>alert(1)</script><h2>Install</h2><pre><code>pip install x</code></pre>"
+        f"<p>{'Words. ' * 60}</p></main><footer>2026</footer></body></html>"
+    )
+    cut = pieces(html, "a.html", max_chars=300)
+    said = "\n".join(chunk.text for chunk in cut)
+    assert "Hello there." in said
+    assert "pip install x" in said
+    for beside in ("alert", "Home", "2026", "p {}"):
+        assert beside not in said
+    assert cut[-1].position == {"heading": "Guide > Install"}
+
+
+@pytest.mark.parametrize("html", ["", "<", "<p", "no tags", "<!--", "<p>" * 3000 + "deep"])
+def test_odd_html_is_read_or_refused_in_words(html: str) -> None:
+    try:
+        pieces(html, "a.htm")
+    except InputError as error:
+        assert "nested too deeply" in str(error)  # noqa: PT017
