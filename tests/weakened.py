@@ -153,6 +153,11 @@ def run_all(
         return asyncio.run(_run_all(Weak(without), runtime, jobs, say))
 
 
+def run_with(backend: Backend, run: CodeRun) -> CodeReply:
+    """Run code with another backend."""
+    return asyncio.run(_run_all(backend, basic(), [Job.of(run, {}, basic())], lambda stream, text: None))[0]
+
+
 async def _run_all(backend: Backend, runtime: Runtime, jobs: list[Job], say: Say) -> list[CodeReply]:
     with ThreadPoolExecutor(1) as thread:
         return await asyncio.gather(*(_run(backend, Box.of(job.run, runtime), job, thread, say) for job in jobs))

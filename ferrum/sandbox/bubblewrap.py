@@ -2,6 +2,11 @@
 
 `bwrap` as tutorials call it holds about half of the attacks of our suite. What holds is the whole of this: each line
 of `arguments` has its reason beside it, and the test that fails without it in `tests/test_sandbox_attacks.py`.
+
+Not `--die-with-parent`: a bwrap that is killed between making its child and telling it to go on leaves that child
+waiting for ever, and with this flag that is what becomes of every sandbox that is just being started by a worker that
+is killed. PID 1 ends when the wire does, and that is when the worker is gone; and it dies with bwrap once it runs. For
+the same reason nothing here kills bwrap before PID 1 is known.
 """
 
 from __future__ import annotations
@@ -105,13 +110,14 @@ class Bubblewrap(Backend):
             files = _Files(closing)
             to_init, stdin = os.pipe()
             stdout, from_init = os.pipe()
-            info, info_end = os.pipe()
             errors, errors_end = os.pipe()
+            # Not a pipe: a bwrap that writes into one that nobody has any more is killed by that, see above.
+            info = os.memfd_create("ferrum")
             for descriptor in (stdin, stdout, info, errors):
                 kept.callback(os.close, descriptor)
-            for descriptor in (to_init, from_init, info_end, errors_end):
+            for descriptor in (to_init, from_init, errors_end):
                 closing.callback(os.close, descriptor)
-            command = [self._executable(), *self.arguments(box, files, info_end), "--", *program.command(box.runtime)]
+            command = [self._executable(), *self.arguments(box, files, info), "--", *program.command(box.runtime)]
             try:
                 with _no_core_dumps():
                     process = subprocess.Popen(  # noqa: S603
@@ -121,7 +127,7 @@ class Bubblewrap(Backend):
                         stdin=to_init,
                         stdout=from_init,
                         stderr=errors_end,
-                        pass_fds=(info_end, *files.descriptors),
+                        pass_fds=(info, *files.descriptors),
                         cwd="/",
                         start_new_session=True,
                         # Never with the host's uid 0 inside: it may write to files of /proc and has no limits.
@@ -161,8 +167,6 @@ class Bubblewrap(Backend):
             "--hostname", "sandbox",
             # Else bwrap stays as PID 1, which can be looked into and has the worker's environment.
             "--as-pid-1",
-            # A worker that is killed takes it along. This follows the thread that starts it, see `Backend.start`.
-            "--die-with-parent",
             # No controlling terminal, so nothing can be typed into it.
             "--new-session",
         ]  # fmt: skip
@@ -342,19 +346,15 @@ class _Cell(Cell):
         self._process = process
         self._cores = cores
         self._info, self._errors = ends.info, ends.errors
-        for descriptor in (self._info, self._errors):
-            os.set_blocking(descriptor, False)
+        os.set_blocking(self._errors, False)
         self._user, self._cgroup = user, cgroup
         self._init: int | None = None
         self._words = ""
         self._reaped = False
 
     def confirm(self) -> None:
-        with os.fdopen(os.dup(self._info), "rb") as file:
-            told = json.loads(file.read() or b"{}")
-        pid = told.get("child-pid", 0)
-        if not pid:
-            raise Unconfined("bwrap did not say what it started")
+        told = self._told()
+        pid = told["child-pid"]
         self._init = os.pidfd_open(pid)
         problem = _unconfined(_status(pid), told, self._process.pid, self._user.uid if self._user else os.geteuid())
         if problem:
@@ -368,12 +368,12 @@ class _Cell(Cell):
             self._cgroup.add(pid)
 
     def kill(self) -> None:
+        if self._init is None or self._reaped:
+            # It is not up yet, and was told nothing: it ends when the caller closes its end of the wire.
+            return
         with suppress(ProcessLookupError):
-            if self._init is not None:
-                # The kernel ends a namespace with its PID 1, and bwrap ends with that.
-                signal.pidfd_send_signal(self._init, signal.SIGKILL)
-            elif not self._reaped:
-                self._process.kill()
+            # The kernel ends a namespace with its PID 1, and bwrap ends with that.
+            signal.pidfd_send_signal(self._init, signal.SIGKILL)
 
     def reap(self) -> None:
         if self._reaped:
@@ -382,7 +382,7 @@ class _Cell(Cell):
         try:
             self._process.wait(_PATIENCE_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._kill_by_name()
             self._process.wait()
         if self._init is not None:
             poll = select.poll()
@@ -397,6 +397,23 @@ class _Cell(Cell):
             self._cgroup.remove()
         if self._user is not None:
             self._user.release()
+
+    def _kill_by_name(self) -> None:
+        """End one that did not come up and does not go, either."""
+        if self._init is None:
+            with suppress(Unconfined, ProcessLookupError):
+                self._init = os.pidfd_open(self._told()["child-pid"])
+        self.kill()
+        self._process.kill()
+
+    def _told(self) -> dict[str, int]:
+        """What bwrap says of what it started."""
+        told: dict[str, int] = {}
+        with suppress(ValueError):
+            told = json.loads(os.pread(self._info, _LAST_WORDS, 0))
+        if "child-pid" not in told:
+            raise Unconfined("bwrap did not say what it started")
+        return told
 
     def last_words(self) -> str:
         if not self._reaped:

@@ -71,7 +71,7 @@ class GVisor(Backend):
             os.chown(state, user.uid, user.uid)
             placed = (path for path, _ in box.runtime.placed)
             self._reach.make((runsc, *box.runtime.mounts, *placed), user.uid)
-        command = [*_tied(), runsc, *self.flags(state), "run", "--bundle", str(bundle), name]
+        command = [runsc, *self.flags(state), "run", "--bundle", str(bundle), name]
         try:
             holder = Holder.start(command, {}, None if user is None else user.uid)
         except Missing:
@@ -151,12 +151,6 @@ def _mounts(box: Box, ours: skeleton.Ours) -> list[JsonValue]:
         options = ["ro", "rbind", "nosuid", "nodev"]
         mounts.append({"destination": inside, "type": "bind", "source": outside, "options": options})
     return mounts
-
-
-def _tied() -> list[str]:
-    """What makes the kernel kill a program with the thread that starts it; without it the wire's end does that."""
-    setpriv = shutil.which("setpriv")
-    return [setpriv, "--pdeathsig", "KILL"] if setpriv else []
 
 
 class _Cell(Cell):

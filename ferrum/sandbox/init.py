@@ -36,6 +36,7 @@ JOB = "/job"
 WRITABLE = (JOB, "/tmp", "/dev/shm")
 TICK_S = 0.02
 _CHUNK = 64 * 1024
+_PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _PR_SET_SECCOMP = 22
 _NICE = 5
@@ -70,6 +71,8 @@ def main() -> Callable[[], object]:
     for number in (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP):
         _signal.signal(number, _signal.SIG_IGN)
     _prctl(_PR_SET_DUMPABLE, 0)
+    # Whoever holds the sandbox takes it along. That the worker is gone is seen by the end of the wire.
+    _prctl(_PR_SET_PDEATHSIG, _signal.SIGKILL)
     host = _Host()
     try:
         host.send(wire.UP)
@@ -77,7 +80,7 @@ def main() -> Callable[[], object]:
         child = _Child.fork(prepare)
         if child is None:
             return _Child.job
-        host.send(wire.READY, child.wait_until_ready())
+        host.send(wire.READY, child.wait_until_ready(host))
         nobody = _Nobody(prepare["apart"])
         with nobody:
             job = host.take_job()
@@ -296,13 +299,22 @@ class _Child:
         os.close(child._ready_write)
         return child
 
-    def wait_until_ready(self) -> bytes:
+    def wait_until_ready(self, host: _Host) -> bytes:
         """Wait for its imports; returns what could not be imported, one a line."""
+        poll = select.poll()
+        poll.register(self._ready_read, select.POLLIN)
+        # The end of the wire only: what comes through it is for later.
+        poll.register(host.descriptors[0], 0)
         said = b""
-        while data := os.read(self._ready_read, _CHUNK):
+        while True:
+            events = dict(poll.poll())
+            if self._ready_read not in events:
+                raise _Gone
+            data = os.read(self._ready_read, _CHUNK)
+            if not data:
+                os.close(self._ready_read)
+                return said[: wire.LONGEST]
             said += data
-        os.close(self._ready_read)
-        return said[: wire.LONGEST]
 
     def start(self, job: dict[str, Any]) -> None:
         for stream in self.streams:
