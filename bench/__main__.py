@@ -1,6 +1,7 @@
 """All benchmarks: `make bench`."""
 
-from bench import language, steps
+from bench import language, retrieval, steps
 
 steps.main([])
 language.main([])
+retrieval.main([])
