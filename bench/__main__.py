@@ -1,6 +1,7 @@
 """All benchmarks: `make bench`."""
 
-from bench import language, steps
+from bench import language, sandbox, steps
 
 steps.main([])
 language.main([])
+sandbox.main([])
