@@ -98,7 +98,9 @@ class Settings(BaseModel):
     )
     breaker_window: float = Field(60.0, gt=0, description="The window in which failures of a target are counted.")
     breaker_open: float = Field(30.0, gt=0, description="How long a target is left alone before one step tries it.")
-    exit_when_idle: float | None = Field(None, gt=0, description="A worker stops itself after so long without a live run.")
+    exit_when_idle: float | None = Field(
+        None, gt=0, description="A worker stops itself after so long without a live run."
+    )
 
 
 def read(environ: Mapping[str, str]) -> Settings:
