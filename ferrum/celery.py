@@ -5,7 +5,9 @@ A task never raises into its canvas: whatever happened is in the record, and the
 
 from __future__ import annotations
 
+import base64
 import json
+import logging
 import os
 import re
 import socket
@@ -17,9 +19,11 @@ from typing import Any
 
 import redis
 from celery import Celery, Task
-from celery.exceptions import Ignore, Reject
+from celery.exceptions import Ignore, InvalidTaskError, Reject
+from celery.worker.request import Request
 from kombu import Queue
 from kombu import __version__ as kombu_version
+from kombu.transport import redis as kombu_redis
 from kombu.transport.redis import Channel
 from pydantic import JsonValue
 
@@ -37,6 +41,8 @@ from ferrum.sending import send, start
 from ferrum.settings import settings
 from ferrum.steps import step_types
 from ferrum.worker import Pulse, install
+
+log = logging.getLogger(__name__)
 
 #: How long a worker's calls outlast a Redis that is away: a step that has acted must get its result recorded.
 _PATIENCE_S = 600
@@ -130,10 +136,24 @@ def worker_name() -> str:
 process = _Process()
 
 
+class Received(Request):  # type: ignore[misc] # Celery is untyped
+    """A message as a worker receives it. One that Celery cannot read is refused; it would end the worker."""
+
+    def __init__(self, message: Any, **kwargs: Any) -> None:
+        try:
+            super().__init__(message, **kwargs)
+            readable = [type(part) for part in message.payload] == [list, dict, dict]
+        except (AttributeError, KeyError, TypeError, ValueError):
+            readable = False
+        if not readable:
+            raise InvalidTaskError("no message as docs/enqueue.md has it: with headers.id and a body [[…], {…}, {…}]")
+
+
 class StepTask(Task):  # type: ignore[misc] # Celery is untyped
     """One attempt at one step."""
 
     abstract = True
+    Request = Received
     typing = False
     trail = False
     ignore_result = True
@@ -195,7 +215,9 @@ for _type in step_types().values():
     app.register_task(type(f"{_type.name.title().replace('_', '')}Step", (StepTask,), {"name": _type.task})())
 
 
-@app.task(name="ferrum.run", bind=True, ignore_result=False, typing=False, send_events=True)  # type: ignore[untyped-decorator]
+@app.task(  # type: ignore[untyped-decorator]
+    name="ferrum.run", bind=True, ignore_result=False, typing=False, send_events=True, Request=Received
+)
 def run(  # noqa: PLR0917 - messages give them by name
     self: Any,
     workflow: dict[str, object] | None = None,
@@ -268,5 +290,50 @@ def _lighten_kombu(channel: type[Channel]) -> None:
     channel._create_client = _create_client
 
 
+def _sift_kombu(module: Any) -> None:
+    """Anybody may push to a queue, and kombu takes what is no message for a bug of its own: it ended the worker."""
+    loads: Callable[[str], Any] = module.loads
+    deliver: Callable[..., None] = module.Transport._deliver
+
+    def _loads(text: str) -> Any:
+        try:
+            return loads(text)
+        except ValueError:
+            return None
+
+    def _deliver(self: Any, message: Any, queue: str) -> None:
+        if wrong := _no_message(message):
+            log.error("what is no message was dropped from the queue %s: %s (see docs/enqueue.md)", queue, wrong)
+        else:
+            deliver(self, message, queue)
+
+    module.loads, module.Transport._deliver = _loads, _deliver
+
+
+def _no_message(message: Any) -> str | None:
+    """What kombu needs of a message and does not find in this one."""
+    if not isinstance(message, dict):
+        return "it is not a JSON object"
+    if not isinstance(message.get("headers"), dict) or not isinstance(message.get("body"), str):
+        return "its headers are no object, or its body is no text"
+    properties = message.get("properties")
+    if not isinstance(properties, dict) or not isinstance(properties.get("delivery_tag"), str):
+        return "it has no properties.delivery_tag"
+    info = properties.get("delivery_info")
+    if not isinstance(info, dict) or not {"exchange", "routing_key"} <= info.keys():
+        return "it has no properties.delivery_info with exchange and routing_key"
+    if not _decodes(message["body"], properties.get("body_encoding")):
+        return "its body is not encoded as properties.body_encoding says, which is base64 or not there"
+    return None
+
+
+def _decodes(body: str, encoding: object) -> bool:
+    try:
+        return encoding is None or (encoding == "base64" and base64.b64decode(body) is not None)
+    except ValueError:
+        return False
+
+
 _mend_kombu(Channel)
 _lighten_kombu(Channel)
+_sift_kombu(kombu_redis)

@@ -611,7 +611,9 @@ class Record(Connection):
             raise NotFound(f"run {run_id!r} has no step {step_id!r}")
         if first:
             raise Conflict(f"{step_id!r} of run {run_id!r} {_said(first)}; a decision is final")
-        raise Conflict(f"{step_id!r} of run {run_id!r} waits for no decision: it is {state}")
+        where, _, status = state.rpartition(" ")
+        who = f"the {where}" if where else "it"
+        raise Conflict(f"{step_id!r} of run {run_id!r} waits for no decision: {who} is {status}")
 
     def signal(self, run_id: str, name: str, envelope: str, by: str) -> tuple[Resend, ...]:
         """Hand a signal to the step that waits for it, or keep it until one does; returns what must be sent.

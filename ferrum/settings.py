@@ -8,6 +8,7 @@ from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
@@ -34,7 +35,7 @@ class Missed(StrEnum):
 class Settings(BaseModel):
     """The field `redis_url` is read from `FERRUM_REDIS_URL`, and so on. Times are in seconds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     redis_url: SecretStr | None = Field(
         None, description="Redis of the fleet; `REDIS_URL` is read too. Without it: the private one of `ferrum redis`."
@@ -97,7 +98,13 @@ class Settings(BaseModel):
     )
     breaker_window: float = Field(60.0, gt=0, description="The window in which failures of a target are counted.")
     breaker_open: float = Field(30.0, gt=0, description="How long a target is left alone before one step tries it.")
-    exit_when_idle: float | None = Field(None, description="A worker stops itself after so long without a live run.")
+    sandbox_warm: int = Field(
+        2, ge=0, description="The most sandboxes that wait for code at any one time; there are as many as are used."
+    )
+    sandbox_idle: float = Field(60.0, gt=0, description="How long a sandbox waits that is not used.")
+    exit_when_idle: float | None = Field(
+        None, gt=0, description="A worker stops itself after so long without a live run."
+    )
 
 
 def read(environ: Mapping[str, str]) -> Settings:
@@ -123,7 +130,22 @@ def read(environ: Mapping[str, str]) -> Settings:
         raise SettingsError(f"FERRUM_{str(first['loc'][0]).upper()}: {first['msg']}") from error
     if settings.heartbeat * 3 > settings.lease:
         raise SettingsError("FERRUM_LEASE must be at least three times FERRUM_HEARTBEAT, or one late beat loses a step")
+    if settings.redis_url is not None and not _is_redis_url(settings.redis_url.get_secret_value()):
+        # Without the value, which may hold a password.
+        raise SettingsError(
+            "FERRUM_REDIS_URL (or REDIS_URL) is no URL of a Redis: they look like redis://:password@host:6379/0, "
+            "rediss://… or unix:///path/to/socket"
+        )
     return settings.model_copy(update={"home": settings.home.expanduser()})
+
+
+def _is_redis_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        # Reading the port checks it.
+        return parts.scheme in ("redis", "rediss", "unix") and parts.port != 0
+    except ValueError:
+        return False
 
 
 @cache

@@ -316,7 +316,7 @@ def _on_tcp(server: PrivateRedis) -> Iterator[str]:
             client.config_set("port", 0)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "page",
     [

@@ -143,3 +143,47 @@ def test_what_cannot_be_started_says_why_and_where(
     answer = result(client, task_id)
     assert (answer["status"], answer["result"].keys()) == ("SUCCESS", {"error"}), answer
     assert error in answer["result"]["error"]
+
+
+def _but(**changes: Any) -> str:
+    """A message in which some of what stands at its top is another, or is not there."""
+    changed = {**json.loads(message({"workflow": WORKFLOW}, str(uuid.uuid4()))), **changes}
+    return json.dumps({name: value for name, value in changed.items() if value is not None})
+
+
+def _with(**changes: Any) -> str:
+    properties: dict[str, Any] = json.loads(message({}, "any"))["properties"]
+    changed = {**properties, **changes}
+    return _but(properties={name: value for name, value in changed.items() if value is not None})
+
+
+_HEADERS = {"task": "ferrum.run", "id": "slip"}
+_PLAIN = {"delivery_tag": "slip", "delivery_info": {"exchange": "", "routing_key": "ferrum"}}
+
+
+@pytest.mark.parametrize(
+    "slip",
+    [
+        "}{",
+        "7",
+        _but(properties=None),
+        _with(delivery_tag=None),
+        _with(delivery_info={"exchange": ""}),
+        _with(body_encoding="rot13"),
+        _but(body="not base64"),
+        _but(body=None),
+        _but(headers=None),
+        _but(headers={"task": "ferrum.run"}),
+        _but(headers=_HEADERS, properties=_PLAIN, body="not JSON"),
+        _but(headers=_HEADERS, properties=_PLAIN, body='"x"'),
+        _but(headers=_HEADERS, properties=_PLAIN, body="[[], {}]"),
+        _but(headers=_HEADERS, properties=_PLAIN, body="[[], [], 7]"),
+    ],
+)
+def test_what_is_no_message_is_dropped_and_the_worker_goes_on(fleet: Fleet, client: redis.Redis, slip: str) -> None:
+    client.lpush("ferrum", slip)
+    task_id = str(uuid.uuid4())
+    client.lpush("ferrum", message({"workflow": WORKFLOW, "input": {"who": "you"}}, task_id))
+    assert result(client, task_id)["result"].keys() == {"run_id"}
+    eventually(lambda: not client.llen("ferrum") and not client.hlen("unacked"))
+    assert fleet.workers[0].poll() is None

@@ -131,6 +131,15 @@ def test_starting_and_stopping_twice_is_fine(server: PrivateRedis) -> None:
     assert server.pid is None
 
 
+def test_a_directory_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    home = tmp_path / "file" / "home"
+    with pytest.raises(Unavailable, match="cannot be made: Not a directory; name another one with FERRUM_HOME"):
+        PrivateRedis(home).start()
+    with pytest.raises(Unavailable, match="cannot be made: Not a directory; name another one with FERRUM_HOME"):
+        ensure(read({"FERRUM_HOME": str(home)}), {}, need_worker=lambda _: True, worker_ready=lambda _: True)
+
+
 def test_a_directory_whose_name_no_socket_can_have_works(tmp_path: Path) -> None:
     home = tmp_path / ("very long " * 12) / "héme \"'"
     with PrivateRedis(home, persistent=False) as server:

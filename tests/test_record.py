@@ -570,8 +570,10 @@ def test_what_waits_for_no_decision_cannot_be_decided(record: Record) -> None:
     with pytest.raises(Conflict, match="it is waiting"):
         record.decide(run.run_id, "a", YES)
     record.cancel(run.run_id, "ann")
-    with pytest.raises(Conflict, match="it is run cancelled"):
+    with pytest.raises(Conflict, match=r"'a' of run '.*' waits for no decision: the run is cancelled"):
         record.decide(run.run_id, "a", YES)
+    with pytest.raises(NotFound, match="has no step 'x'"):
+        record.decide(run.run_id, "x", YES)
 
 
 def test_a_yes_is_bound_to_the_act_that_was_asked_about(record: Record) -> None:

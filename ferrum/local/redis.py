@@ -34,7 +34,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from ferrum.errors import Unavailable
-from ferrum.local.process import end, log_size, open_log, tail, take_lock, tied
+from ferrum.local.process import end, log_size, make_home, open_log, tail, take_lock, tied
 
 #: A socket's path is limited to 108 bytes on Linux and 104 on macOS, the closing zero included.
 _SOCKET_PATH_MAX = 100
@@ -204,7 +204,7 @@ class PrivateRedis:
     def _spawn(self, server: Server) -> subprocess.Popen[bytes]:
         data = self.directory / "redis" / server.name
         for directory in (self.directory, data.parent, data):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_home(directory)
         # Patience, as others hold the lock for the moment in which they look whether it is free.
         lock = take_lock(_lock_file(self.directory), patience_s=0.5)
         if lock is None:
@@ -387,7 +387,7 @@ def _lock_file(home: Path) -> Path:
 def _read_state(path: Path) -> dict[str, object]:
     try:
         state = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return state if isinstance(state, dict) else {}
 

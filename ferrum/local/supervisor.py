@@ -22,7 +22,7 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 
 from ferrum.errors import OperatorError, Unavailable
-from ferrum.local.process import end, log_size, open_log, tail, take_lock, tied
+from ferrum.local.process import end, log_size, make_home, open_log, tail, take_lock, tied
 from ferrum.local.redis import PrivateRedis, alive, answers, running
 from ferrum.settings import Settings, read
 
@@ -107,7 +107,7 @@ class _Launch:
 
     def __init__(self, settings: Settings, environ: Mapping[str, str], worker: Sequence[str]) -> None:
         self._home = settings.home.absolute()
-        self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_home(self._home)
         self._worker = worker
         self._env = {**environ, "FERRUM_HOME": str(self._home)}
         if settings.redis_url is not None:
@@ -310,7 +310,7 @@ def main(worker: Sequence[str]) -> int:
     """Supervise until there is nothing left to do; the exit code, 75 if this home has a supervisor already."""
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     settings = read(os.environ)
-    settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_home(settings.home)
     lock = take_lock(_lock_file(settings.home))
     if lock is None:
         return _TAKEN

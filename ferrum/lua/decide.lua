@@ -4,8 +4,8 @@ local step = ARGV[2]
 local status = redis.call('HGET', run_key, 'status')
 if not status then return { 'no', 'missing', '' } end
 local here = node(step)
-if not live(here) then return { 'no', 'run ' .. status, load(step).v or '' } end
 if not here then return { 'no', 'no step', '' } end
+if not live(here) then return { 'no', 'run ' .. status, load(step).v or '' } end
 local state = load(step)
 if state.s == 'pending' and state.v == ARGV[3] then
   detach(step, state, here)
