@@ -546,7 +546,7 @@ def test_embeddings_come_in_the_order_of_the_texts_with_their_cost_by_the_price_
     price_file(monkeypatch, tmp_path, "models:\n  openai/scripted: {input: 0.5, output: 2}\n")
     texts = ("one text", "another", "one text")
     asked = Embedding(model="openai/scripted", texts=texts)
-    counted = {"match": {"endpoint": "embeddings"}, "reply": "vectors", "usage": {"input_tokens": 1000}}
+    counted = {"match": {"endpoint": "embeddings"}, "delay": 0, "usage": {"input_tokens": 1000}}
     with ModelServer({"rules": [counted]}) as server:
         asks(monkeypatch, server)
         reply = run(embeddings.embed(asked))

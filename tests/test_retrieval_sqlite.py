@@ -127,6 +127,32 @@ def test_who_waits_too_long_for_other_writers_is_told(
     writer.close()
 
 
+def test_a_full_disk_is_said_to_be_one_and_nothing_is_changed(
+    store: SqliteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = created(store)
+    store.put(one, [update("a", ("first", X))])
+    store.close()
+    connect = sqlite._connect
+
+    def small(path: Path) -> sqlite3.Connection:
+        db = connect(path)
+        # SQLite says of this what it says of a disk that is full.
+        pages = db.execute("PRAGMA page_count").fetchone()[0]
+        db.execute(f"PRAGMA max_page_count = {pages + 5}")
+        return db
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite, "_connect", small)
+        with pytest.raises(Unavailable, match=r"no room is left for index file .*: nothing was changed"):
+            store.put(one, [update("a", *((f"word{number} " * 50, Y) for number in range(500)))])
+        assert near(store, one) == {"first"}
+        assert store.by_text(one, "word1", 5) == []
+    store.close()
+    store.put(one, [update("a", ("second", X))])
+    assert near(store, one) == {"second"}
+
+
 def test_a_damaged_file_is_said_to_be_one(store: SqliteStore, tmp_path: Path) -> None:
     one = created(store)
     store.put(one, [update("a", ("x", X))])

@@ -65,7 +65,7 @@ class Chunk:
     subject: str
     #: sha256 of `subject`, in hexadecimal: pieces that say the same have the same.
     digest: str
-    #: `line`, `end_line` (from 1), and what there is of `page`, `heading`, `name`.
+    #: What there is of `line` and `end_line` (from 1), `page`, `heading`, `name`.
     position: Mapping[str, JsonValue]
     #: `None` in an index without vectors.
     vector: Vector | None = None
