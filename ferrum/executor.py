@@ -72,8 +72,6 @@ from ferrum.workflow import Step
 log = logging.getLogger(__name__)
 
 _PLANS_KEPT = 256
-#: How late a step that keeps time itself may be.
-_LATE_S = 10.0
 #: What a step can wait for besides a person, its time and a signal.
 CHILDREN, RUN, CACHE, LIMIT = "children", "run", "cache", "limit"
 
@@ -750,17 +748,12 @@ class _Attempt:
 
     async def _limited(self, work: Awaitable[JsonValue]) -> JsonValue:
         try:
-            async with asyncio.timeout(self._limit_s) as limit:
+            async with asyncio.timeout(self._step.cut_off_s) as limit:
                 return await work
         except TimeoutError:
             if not limit.expired():
                 raise
             raise self._too_long() from None
-
-    @property
-    def _limit_s(self) -> float | None:
-        limit, kind = self._step.timeout_s, self._step.type
-        return limit + _LATE_S if limit is not None and kind.keeps_time else limit
 
     def _too_long(self) -> StepTimeout:
         return StepTimeout(f"took longer than its timeout of {self._step.timeout_s:g} s", retry=True)

@@ -42,6 +42,9 @@ PARAMS = "params:"
 #: Which way of keeping plans in the record this is.
 _LAYOUT = 2
 
+#: How late a step may be that ends by itself at its timeout.
+_LATE_S = 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class Beside:
@@ -159,6 +162,11 @@ class PlannedStep:
     def deadline_ms(self) -> int:
         """As the record wants it; 0 for none."""
         return 0 if self.deadline_s is None else max(1, round(self.deadline_s * 1000))
+
+    @property
+    def cut_off_s(self) -> float | None:
+        """How long a coroutine of it may take: its timeout, and a little more where it keeps that itself."""
+        return self.timeout_s + _LATE_S if self.timeout_s is not None and self.type.keeps_time else self.timeout_s
 
     @property
     def composed(self) -> bool:

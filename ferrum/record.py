@@ -612,9 +612,8 @@ class Record(Connection):
         if first:
             raise Conflict(f"{step_id!r} of run {run_id!r} {_said(first)}; a decision is final")
         where, _, status = state.rpartition(" ")
-        raise Conflict(
-            f"{step_id!r} of run {run_id!r} waits for no decision: {f'the {where}' if where else 'it'} is {status}"
-        )
+        who = f"the {where}" if where else "it"
+        raise Conflict(f"{step_id!r} of run {run_id!r} waits for no decision: {who} is {status}")
 
     def signal(self, run_id: str, name: str, envelope: str, by: str) -> tuple[Resend, ...]:
         """Hand a signal to the step that waits for it, or keep it until one does; returns what must be sent.

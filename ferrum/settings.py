@@ -41,7 +41,7 @@ class Settings(BaseModel):
         None, description="Redis of the fleet; `REDIS_URL` is read too. Without it: the private one of `ferrum redis`."
     )
     home: Path = Field(
-        Path("~/.local/state/ferrum"), description="Where a private Redis and local artifacts keep their data."
+        Path("~/.local/state/ferrum"), description="Where a private Redis, local artifacts and indexes keep their data."
     )
     artifacts: str | None = Field(
         None,
@@ -98,6 +98,10 @@ class Settings(BaseModel):
     )
     breaker_window: float = Field(60.0, gt=0, description="The window in which failures of a target are counted.")
     breaker_open: float = Field(30.0, gt=0, description="How long a target is left alone before one step tries it.")
+    sandbox_warm: int = Field(
+        2, ge=0, description="The most sandboxes that wait for code at any one time; there are as many as are used."
+    )
+    sandbox_idle: float = Field(60.0, gt=0, description="How long a sandbox waits that is not used.")
     exit_when_idle: float | None = Field(
         None, gt=0, description="A worker stops itself after so long without a live run."
     )

@@ -26,7 +26,7 @@ class IngestParams(Params):
 
 
 class Ingest(StepType[IngestParams]):
-    """Its output says what changed: `{"added", "updated", "unchanged", "removed", "embedded", "chunks"}`, all counts."""
+    """Its output counts what changed: `{"added", "updated", "unchanged", "removed", "embedded", "chunks"}`."""
 
     name = "ingest"
     params = IngestParams

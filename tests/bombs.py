@@ -256,6 +256,6 @@ for descriptor in range(64):
 os._exit(3)
 """,
         WhyEnded.ERROR,
-        Without(lines=(("for descriptor in range(3, 64):", "for descriptor in range(6, 64):"),)),
+        Without(lines=(("        first = 3\n", "        first = 6\n"),)),
     ),
 ]

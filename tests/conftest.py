@@ -77,3 +77,20 @@ def worker(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield fleet
     finally:
         fleet.stop()
+
+
+@pytest.fixture(scope="session")
+def runtimes() -> Path:
+    """Where the runtime `python-data` is: made of what `make setup` installed, once for all test processes and runs.
+
+    Give it to what runs code as `FERRUM_RUNTIMES`.
+    """
+    # Here and not above: who runs no code needs none of this.
+    from ferrum.sandbox import prepared
+    from ferrum.sandbox.here import trial
+    from ferrum.settings import Settings
+
+    settings = Settings(runtimes=Path(__file__).parent.parent / ".state" / "runtimes")
+    prepared.build("python-data", settings, trial=trial(settings))
+    assert settings.runtimes is not None
+    return settings.runtimes

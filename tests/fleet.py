@@ -32,8 +32,8 @@ TASKS = "user_tasks"
 class Fleet:
     """Workers that share a home, a policy that allows every tool and index, and whatever else `environ` says.
 
-    `models`, `code`: it allows every model, and every run of code, too. A worker whose policy does makes ready for them,
-    which for models is two seconds of computing at its start.
+    `models`, `code`: it allows every model, and every run of code, too. A worker whose policy does makes ready for
+    them, which for models is two seconds of computing at its start.
     """
 
     def __init__(

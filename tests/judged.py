@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias
 import yaml
 
 from ferrum.governance.acts import Search
-from ferrum.retrieval.cutting import Cutting
+from ferrum.retrieval.cutting import MOST
 from ferrum.retrieval.documents import Original
 from ferrum.retrieval.indexes import Indexes
 from ferrum.retrieval.store import Store
@@ -165,7 +165,7 @@ def indexed(store: Store, corpus: Corpus, embedding: str) -> str:
     indexes.create("judge", name, embedding)
     # Whole documents, as far as they have no headings within: what is judged is the search, and not how they are cut.
     originals = [Original(f"{title}.md", text) for title, text in corpus.documents.items()]
-    asyncio.run(indexes.add("judge", name, originals, cutting=Cutting(max_chars=20_000)))
+    asyncio.run(indexes.add("judge", name, originals, max_chars=MOST))
     return name
 
 

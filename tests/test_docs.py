@@ -316,10 +316,19 @@ def _on_tcp(server: PrivateRedis) -> Iterator[str]:
             client.config_set("port", 0)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "getting-started.md", "how-it-works.md", "policy.md", "python.md", "schedules.md", "testing.md"],
+    [
+        "README.md",
+        "getting-started.md",
+        "how-it-works.md",
+        "policy.md",
+        "python.md",
+        "retrieval.md",
+        "schedules.md",
+        "testing.md",
+    ],
 )
 def test_what_a_page_shows_works_and_prints_what_it_says(
     page: str, redis_server: PrivateRedis, clean_redis: str, tmp_path: Path

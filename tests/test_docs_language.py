@@ -50,7 +50,7 @@ def checkout(redis_server: PrivateRedis, tmp_path_factory: pytest.TempPathFactor
         fleet.stop()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_of_the_language_shows_works_and_prints_what_it_says(page: str, checkout: Story) -> None:
     checkout.tell([block for block in ALL if block.page == page])

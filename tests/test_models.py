@@ -17,8 +17,8 @@ from fleet import PATIENCE_S
 
 from ferrum import settings as settings_room
 from ferrum.errors import ModelError, OutputError, SettingsError
-from ferrum.governance.acts import ModelCall, ModelReply
-from ferrum.models import calls, prices, structured
+from ferrum.governance.acts import Embedding, ModelCall, ModelReply
+from ferrum.models import calls, embeddings, prices, structured
 from ferrum.models.calls import aclose, complete
 from ferrum.models.choice import DEFAULTS, default_model, ollama_base
 from ferrum.settings import Settings
@@ -535,3 +535,68 @@ def test_a_repair_of_an_empty_answer_does_not_repeat_it() -> None:
     repair = structured.repair_messages(asked, "  ", OutputError("the answer is not JSON", retry=True))
     assert [message["role"] for message in repair.messages] == ["user", "user"]
     assert repair.model_copy(update={"messages": asked.messages}) == asked
+
+
+# Embeddings.
+
+
+def test_embeddings_come_in_the_order_of_the_texts_with_their_cost_by_the_price_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    price_file(monkeypatch, tmp_path, "models:\n  openai/scripted: {input: 0.5, output: 2}\n")
+    texts = ("one text", "another", "one text")
+    asked = Embedding(model="openai/scripted", texts=texts)
+    with ModelServer({"default": {"usage": {"input_tokens": 1000}}}) as server:
+        asks(monkeypatch, server)
+        reply = run(embeddings.embed(asked))
+    assert [list(vector) for vector in reply.vectors] == [pytest.approx(embedding(text)) for text in texts]
+    assert reply.model == "scripted"
+    assert (reply.usage.model_calls, reply.usage.output_tokens) == (1, 0)
+
+
+def test_an_estimate_of_an_embedding_is_no_lower_than_what_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Embedding(model="openai/scripted", texts=("some words " * 50, "", "字" * 20))
+    with ModelServer("never asked") as server:
+        asks(monkeypatch, server)
+        used = run(embeddings.embed(asked)).usage
+    estimated = prices.estimate(asked)
+    assert estimated.input_tokens >= used.input_tokens > 0
+    assert (estimated.output_tokens, estimated.model_calls) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("failure", "what", "retry"),
+    [
+        ({"fail": 429, "retry_after": 2.5}, "asks us to slow down", True),
+        ({"fail": 503}, "failed on its provider's side with status 503", True),
+        ({"fail": "cut"}, "the connection broke off", True),
+        ({"fail": "invalid_json"}, "answered with something that is no answer", True),
+        ({"fail": 401}, "has no key that works", False),
+        ({"fail": 404}, "is not known to its provider", False),
+        ({"fail": 400}, "refused the call with status 400", False),
+    ],
+)
+def test_a_failure_to_embed_is_told_like_any_other_of_a_model(
+    monkeypatch: pytest.MonkeyPatch, failure: dict[str, Any], what: str, retry: bool
+) -> None:
+    with ModelServer({"rules": [{"match": {"endpoint": "embeddings"}, **failure}]}) as server:
+        asks(monkeypatch, server)
+        with pytest.raises(ModelError) as caught:
+            run(embeddings.embed(Embedding(model="openai/scripted", texts=("x",))))
+    assert what in caught.value.message
+    assert (caught.value.retry, len(server.asked)) == (retry, 1)
+    assert caught.value.retry_after_s == failure.get("retry_after")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [[], [{"index": 1, "embedding": [1.0]}], [{"index": 0, "embedding": None}], [{"index": 0, "embedding": ["x"]}]],
+)
+def test_an_answer_that_is_no_vectors_is_tried_again(data: list[Any]) -> None:
+    with pytest.raises(ModelError, match="did not answer with a vector for each of 1 texts") as caught:
+        embeddings._vectors(Embedding(model="openai/scripted", texts=("x",)), data)
+    assert caught.value.retry
+    with pytest.raises(ModelError, match="not of numbers"):
+        embeddings._vectors(
+            Embedding(model="openai/scripted", texts=("x",)), [{"index": 0, "embedding": [float("nan")]}]
+        )

@@ -138,11 +138,14 @@ def test_a_terminal_is_shown_a_bar_and_is_not_steered_by_documents(ran: Run, mon
 
 def test_a_providers_model_is_asked_with_the_key_of_the_environment(ran: Run) -> None:
     write(cats="# Cats\n\nThe cat purrs.", dogs="# Dogs\n\nThe dog barks.")
-    with ModelServer("never asked") as server, environment(server.environ):
+    busy = {"match": {"endpoint": "embeddings"}, "times": 1, "fail": 429, "retry_after": 0.01}
+    with ModelServer({"rules": [busy]}) as server, environment(server.environ):
         assert "openai/text-embedding-3-small (a provider's model" in ran("create", "pets")[1]
         assert ran("add", "pets", "docs")[1] == "2 added, 0 updated, 0 unchanged; 2 texts embedded\n"
         assert ran("search", "pets", "the cat purrs", "--mode", "vector", "--top-k", "1")[1].startswith("0.")
         assert [(call.question.model, len(call.question.texts)) for call in server.asked] == [
+            # Once more after "slow down".
+            ("text-embedding-3-small", 2),
             ("text-embedding-3-small", 2),
             ("text-embedding-3-small", 1),
         ]

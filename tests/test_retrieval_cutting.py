@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 
 import pytest
 from hypothesis import example, given
@@ -261,3 +262,12 @@ def test_odd_html_is_read_or_refused_in_words(html: str) -> None:
         pieces(html, "a.htm")
     except InputError as error:
         assert "nested too deeply" in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize(("name", "module", "kind"), [("a.pdf", "pypdf", "PDF"), ("a.html", "markdownify", "HTML")])
+def test_without_the_extra_that_reads_a_file_it_is_said_what_to_type(
+    name: str, module: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(InputError, match=rf"'{name}': to read {kind}, type: pip install 'ferrum\[documents\]'"):
+        pieces("", name)

@@ -17,13 +17,11 @@ import pytest
 
 from ferrum.errors import Conflict, InputError, ModelError, NotFound, OutputError, SettingsError, Unavailable
 from ferrum.governance.acts import Document, Ingest, NewDocument, Search
-from ferrum.models import embeddings
 from ferrum.retrieval import Added, Indexes, LeftOut, Original, documents, embedders, grading
 from ferrum.retrieval.indexes import open_store
 from ferrum.retrieval.search import diverse, fused
 from ferrum.retrieval.store import Found, Hit
 from ferrum.settings import Settings
-from ferrum.testing.model_server import ModelServer
 from ferrum.testing.model_server import embedding as scripted_vector
 
 ROOT = Path(__file__).parent.parent
@@ -150,7 +148,7 @@ def test_an_act_of_ingesting_makes_the_index_and_prunes_what_acts_put(indexes: I
         given = tuple(NewDocument(text=text, source=f"{text}.md") for text in texts)
         act = Ingest(index="notes", documents=given, **more)
         reply = asyncio.run(indexes.ingest("default", act, default="lexical"))
-        return reply.model_dump(exclude={"usage"})
+        return reply.model_dump(exclude={"usage", "embedded"})
 
     assert ingest("one", "two") == {"added": 2, "updated": 0, "unchanged": 0, "removed": 0, "chunks": 2}
     assert ingest("two", prune=True) == {"added": 0, "updated": 0, "unchanged": 1, "removed": 1, "chunks": 1}
@@ -372,6 +370,27 @@ def test_the_default_embedder_is_that_of_the_key_that_is_set(monkeypatch: pytest
         embedders.check("local")
 
 
+def test_an_index_of_an_embedder_that_is_not_here_or_not_the_same_any_more_is_not_searched_by_it(
+    indexes: Indexes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    indexes.create("default", "docs", "local")
+    monkeypatch.setattr(embedders, "_models", {})
+    monkeypatch.setattr(embedders, "_SHA256", "0" * 64)
+    with pytest.raises(Unavailable, match="are not those that it was made with: install them anew"):
+        add(indexes, PAPERS)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(SettingsError, match=r"made by embedder 'local', .*: type pip install 'ferrum\[embeddings\]'"):
+        add(indexes, PAPERS)
+
+
+def test_of_two_that_make_an_index_at_once_the_second_takes_the_firsts(indexes: Indexes) -> None:
+    async def both() -> list[str]:
+        made = (asyncio.to_thread(indexes.ensure, "default", "docs", None, "lexical") for _ in range(8))
+        return [one.id for one in await asyncio.gather(*made)]
+
+    assert len(set(asyncio.run(both()))) == 1
+
+
 def test_the_lexical_embedder_gives_every_process_the_same_vectors() -> None:
     script = (
         "from ferrum.retrieval import embedders; "
@@ -410,24 +429,6 @@ def test_searching_by_words_loads_no_numpy(tmp_path: Path) -> None:
         "sys.exit('numpy' in sys.modules)"
     )
     assert output(script) == "some words\n"
-
-
-def test_embeddings_come_from_a_provider_over_http(indexes: Indexes, monkeypatch: pytest.MonkeyPatch) -> None:
-    indexes.create("default", "docs", "openai/scripted")
-
-    async def story() -> list[str]:
-        async with embeddings.direct() as embed:
-            await indexes.add("default", "docs", PAPERS, embed=embed)
-            reply = await indexes.search("default", Search(index="docs", query="the cat purrs"), embed=embed)
-            return sources(reply.documents)
-
-    script = {"rules": [{"match": {"endpoint": "embeddings"}, "times": 1, "fail": 429, "retry_after": 0.01}]}
-    with ModelServer(script) as server:
-        for name, value in server.environ.items():
-            monkeypatch.setenv(name, value)
-        assert asyncio.run(story())[0] == "cats.md"
-    # Once more after "slow down".
-    assert [len(call.question.texts) for call in server.asked] == [3, 3, 1]
 
 
 # Grades.
@@ -519,7 +520,7 @@ def whole(indexes: Indexes, who: str) -> set[str]:
 
 def test_a_killed_writer_leaves_nothing_torn_and_what_it_said_is_there(indexes: Indexes, tmp_path: Path) -> None:
     indexes.create("default", "docs", "lexical")
-    for kill in range(4):
+    for kill in range(2):
         process = adder(tmp_path, "w")
         with process:
             assert process.stdin is not None

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import psycopg
 import pytest
 from postgres import PASSWORD, Postgres
@@ -89,7 +90,6 @@ def test_many_threads_share_few_connections(database: str) -> None:
 
 
 def test_it_goes_on_after_the_server_was_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pgvector, "_TIMEOUT_S", 1.0)
     server = Postgres().start()
     try:
         store = PgvectorStore(server.url)
@@ -98,7 +98,8 @@ def test_it_goes_on_after_the_server_was_restarted(monkeypatch: pytest.MonkeyPat
         server.restart()
         assert near(store, index, EAST) == ["kept"]
         server.kill()
-        with pytest.raises(Unavailable):
+        monkeypatch.setattr(pgvector, "_TIMEOUT_S", 0.5)
+        with pytest.raises(Unavailable, match=r"no connection within 0\.5 s"):
             store.counts(index)
     finally:
         store.close()
@@ -187,6 +188,51 @@ def test_a_table_that_somebody_dropped_under_a_reader_is_a_dropped_index(store: 
 # Searches.
 
 
+def test_a_big_index_finds_by_hnsw_also_what_few_pass_a_filter(
+    store: PgvectorStore, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pgvector, "_EXACT", 400)
+    random = np.random.default_rng(5)
+    index = new_index(store, dimension=16)
+    vectors = random.standard_normal((1000, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    for start in range(0, 1000, 250):
+        store.put(index, [
+            update(f"{number}.md", piece(str(number), vectors[number]), metadata={"rare": number % 200 == 0})
+            for number in range(start, start + 250)
+        ])  # fmt: skip
+    [(indexes,)] = run(database, "SELECT count(*) FROM pg_indexes WHERE indexdef LIKE '%USING hnsw%'")
+    assert indexes == 1
+    # What the planner would do by itself with many more.
+    run(database, "ALTER ROLE ada SET enable_seqscan = off")
+    store.close()
+    try:
+        found = sum(
+            len(
+                {str(at) for at in np.argsort(-(vectors @ vectors[query]))[:10]}
+                & set(near(store, index, vectors[query]))
+            )
+            for query in range(20)
+        )
+        assert found >= 190
+        assert sorted(near(store, index, vectors[3], rare=True), key=int) == ["0", "200", "400", "600", "800"]
+    finally:
+        run(database, "ALTER ROLE ada RESET enable_seqscan")
+
+
+def test_of_those_that_make_a_big_index_at_once_one_makes_its_hnsw_index(
+    store: PgvectorStore, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pgvector, "_EXACT", 1)
+    index = new_index(store)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda n: store.put(index, [update(f"{n}.md", piece(f"piece {n}", EAST))]), range(12)))
+    [(indexes,)] = run(database, "SELECT count(*) FROM pg_indexes WHERE indexdef LIKE '%USING hnsw%'")
+    assert indexes == 1
+    assert store.counts(index).chunks == 12
+    assert len(near(store, index, EAST, 20)) == 12
+
+
 def test_a_put_that_fails_changes_nothing(store: PgvectorStore) -> None:
     index = new_index(store)
     store.put(index, [update("a.md", piece("before", EAST))])
@@ -199,8 +245,6 @@ def test_a_put_that_fails_changes_nothing(store: PgvectorStore) -> None:
 
 
 def test_vectors_that_are_too_long_for_an_hnsw_index_are_compared_one_by_one(store: PgvectorStore) -> None:
-    import numpy as np
-
     index = new_index(store, dimension=3072)
     vectors = np.eye(3, 3072, dtype=np.float32)
     store.put(index, [update("a.md", *(piece(str(number), vector) for number, vector in enumerate(vectors)))])

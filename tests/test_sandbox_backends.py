@@ -23,7 +23,7 @@ import pytest
 from attacks import ATTACKS, numbers, program
 
 from ferrum.governance.acts import CodeReply, CodeRun, WhyEnded
-from ferrum.sandbox import Kind, Sandboxes, container, gvisor, seccomp, skeleton
+from ferrum.sandbox import Kind, Sandboxes, container, gvisor, held, seccomp, skeleton
 from ferrum.sandbox.backend import Backend, Box, Cell, Missing, Unconfined
 from ferrum.sandbox.container import Container
 from ferrum.sandbox.gvisor import GVisor
@@ -315,13 +315,36 @@ def _no_sleepers() -> Iterator[None]:
         sleeper.wait()
 
 
+CONFINED = {"NoNewPrivs": ["1"], "Seccomp": ["2"], "Uid": ["1", "1", "1", "1"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, ""),
+        ({"NoNewPrivs": ["0"]}, "it can gain privileges (NoNewPrivs is not set)"),
+        ({"Seccomp": ["0"]}, "no filter holds its system calls"),
+        ({"Uid": ["1", "0", "1", "1"]}, "it is root"),
+    ],
+)
+def test_what_lets_a_process_do_more_is_seen_from_outside(change: dict[str, list[str]], said: str) -> None:
+    assert held.loose(CONFINED | change) == said
+
+
 def test_a_process_like_any_other_is_not_confined() -> None:
-    assert container._unconfined(_a_process()) != ""
-    assert gvisor._unconfined(os.getpid(), 1) == "gVisor's kernel cannot be found among the processes of runsc"
-
-
-def test_a_container_whose_pid_1_cannot_be_seen_is_killed() -> None:
+    sleeper = _a_process()
+    assert container._unconfined(sleeper) != ""
+    assert held.shared(sleeper, ["net"]) == "it shares our net namespace"
+    assert gvisor._unconfined(os.getpid(), 1) == "it cannot be found among the processes of runsc"
     assert container._find("there is no such token") == 0
+    assert container.memory_group(0) is None
+
+
+def test_a_program_that_is_not_there_leaves_no_pipe_open() -> None:
+    before = {path.name for path in Path("/proc/self/fd").iterdir()}
+    with pytest.raises(Missing, match="/nowhere cannot be started: "):
+        held.Holder.start(["/nowhere"], {})
+    assert {path.name for path in Path("/proc/self/fd").iterdir()} == before
 
 
 # Without runsc, podman and docker.
@@ -415,6 +438,73 @@ def test_the_bundle_for_gvisor_takes_everything_away(places: Path) -> None:
     sizes = [one["options"] for one in config["mounts"] if one["type"] == "tmpfs"]
     assert all(f"size={2**26}" in options for options in sizes)
     assert "--network=none" in backend.flags(Path("/x"))
+
+
+def test_a_container_that_cannot_be_seen_is_not_trusted_and_is_removed_by_name(
+    places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the daemon is on another machine, or root's; `rm` is what ends it then."""
+    os.mkfifo(places / "life")
+    program_of(
+        places,
+        "docker",
+        f'echo "$*" >> {places}/asked; [ "$1" = run ] && {{ echo "what it says" >&2; exec /bin/cat {places}/life; }}; '
+        f'[ "$1" = rm ] && : > {places}/life; exit 0',
+    )
+    backend = Container()
+    cell = start(backend)
+    with pytest.raises(Unconfined, match="is the daemon on another one"):
+        cell.confirm()
+    for descriptor in (cell.stdin, cell.stdout):
+        os.close(descriptor)
+    cell.reap()
+    cell.kill()
+    backend.close()
+    assert cell.last_words() == "what it says"
+    assert (cell.ran_out_of_memory(), cell.peak_memory()) == (False, None)
+    name = next(line.split()[-1] for line in (places / "asked").read_text().splitlines() if line.startswith("rm "))
+    assert name.startswith("ferrum-")
+
+
+def test_a_container_that_does_not_go_is_given_up(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(container, "_PATIENCE_S", 0.05)
+    program_of(places, "docker", '[ "$1" = run ] && exec /bin/sleep 60; [ "$1" = rm ] && exit 1; exit 0')
+    backend = Container()
+    cell = start(backend)
+    for descriptor in (cell.stdin, cell.stdout):
+        os.close(descriptor)
+    cell.reap()
+    backend.close()
+
+
+def test_what_a_dead_worker_left_is_removed_by_its_label(places: Path) -> None:
+    program_of(
+        places, "docker", f'echo "$*" >> {places}/asked; [ "$1" = ps ] && [ "$2" = --all ] && echo one two; exit 0'
+    )
+    dead = places / f"ferrum-container-{os.geteuid()}" / "dead"
+    dead.mkdir(parents=True)
+    (dead / "lock").touch()
+    being_made = dead.with_name("being-made")
+    being_made.mkdir()
+    backend = Container()
+    backend.check()
+    backend.close()
+    asked = (places / "asked").read_text().splitlines()
+    assert f"ps --all --quiet --filter label=ferrum.sandbox={dead}" in asked
+    assert [line for line in asked if line.startswith("rm")] == ["rm --force one", "rm --force two"]
+    assert not dead.exists()
+    assert being_made.exists()
+
+
+def test_the_kernels_counts_of_memory_are_read_in_either_form(tmp_path: Path) -> None:
+    (tmp_path / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 1\n")
+    (tmp_path / "memory.max_usage_in_bytes").write_text("4096\n")
+    cell = object.__new__(container._Cell)
+    cell._group = tmp_path
+    assert (cell.ran_out_of_memory(), cell.peak_memory()) == (True, 4096)
+    (tmp_path / "memory.events").write_text("low 0\noom 0\noom_kill 0\n")
+    (tmp_path / "memory.peak").write_text("8192\n")
+    assert (cell.ran_out_of_memory(), cell.peak_memory()) == (False, 8192)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
+import json
 import os
 import signal
 import stat
@@ -11,14 +13,19 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
+from ferrum.cli import status_of
 from ferrum.errors import AuthorError, NotFound, Unavailable
-from ferrum.sandbox import prepared
+from ferrum.governance.acts import CodeReply, CodeRun, WhyEnded
+from ferrum.sandbox import Kind, Sandboxes, prepared
+from ferrum.sandbox.here import sandboxes, trial
 from ferrum.sandbox.runtimes import BASIC, Runtime, basic
 from ferrum.settings import Settings
+from ferrum.testing.environment import environment
 
 ROOT = Path(__file__).parent.parent
 
@@ -324,3 +331,197 @@ def test_a_place_that_cannot_be_written_is_told_with_the_setting(tmp_path: Path)
     (tmp_path / "file").touch()
     with pytest.raises(Unavailable, match="FERRUM_RUNTIMES names another place"):
         prepared.build("mine", Settings(runtimes=tmp_path / "file" / "below"), asks(tmp_path, wheel(tmp_path)))
+
+
+# python-data, and the command line.
+
+
+def bubblewrap() -> str:
+    """Why code cannot be run here; empty where it can."""
+
+    async def works() -> str:
+        sandboxes = Sandboxes(Kind.BUBBLEWRAP, warm=0)
+        try:
+            (probe,) = await sandboxes.probe()
+        finally:
+            await sandboxes.aclose()
+        return probe.missing
+
+    return asyncio.run(works())
+
+
+@pytest.fixture(scope="module")
+def needs_sandbox() -> None:
+    if missing := bubblewrap():
+        pytest.skip(f"NOT TESTED: no sandbox on this machine: {missing}")
+
+
+CHART = """
+import os, subprocess, sys, numpy, pandas, matplotlib, matplotlib.pyplot as plot
+table = pandas.read_csv("data.csv")
+plot.plot(table["n"], numpy.sqrt(table["n"]))
+plot.savefig("chart.png")
+print(matplotlib.get_backend(), matplotlib.get_cachedir(), [os.path.islink(one) for one in
+    [os.path.join("/tmp/.matplotlib", name) for name in os.listdir("/tmp/.matplotlib")]])
+print(table["n"].sum(), os.access(os.path.dirname(numpy.__file__), os.W_OK))
+other = [sys.executable, "-c", "import numpy; print(numpy.arange(3))"]
+print(subprocess.run(other, capture_output=True, text=True).stdout)
+"""
+
+
+@pytest.mark.usefixtures("needs_sandbox")
+def test_python_data_draws_a_chart_without_network_and_without_a_word(runtimes: Path) -> None:
+    act = CodeRun(runtime="python-data", code=CHART, outputs=("*.png",), memory=2**30, timeout_s=100)
+
+    async def story() -> CodeReply:
+        opened = sandboxes(Settings(runtimes=runtimes))
+        try:
+            return await opened.run(act, {"data.csv": b"n\n1\n4\n9\n"}, lambda stream, text: None)
+        finally:
+            await opened.aclose()
+
+    reply = asyncio.run(story())
+    assert (reply.reason, reply.stderr) == (WhyEnded.OK, "")
+    assert reply.stdout == "Agg /tmp/.matplotlib [True]\n14 False\n[0 1 2]\n\n"
+    assert reply.files["chart.png"].startswith(b"\x89PNG\r\n")
+
+
+def test_a_runtime_of_ours_that_is_there_is_not_built_anew(runtimes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "_link", lambda *_: pytest.fail("it is built again"))
+    settings = Settings(runtimes=runtimes)
+    assert prepared.ready("python-data", settings).name == "python-data"
+    assert prepared.build("python-data", settings).packages.keys() >= {"numpy", "pandas", "matplotlib"}
+
+
+def test_a_runtime_of_ours_is_built_when_it_is_first_asked_for(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = {"python-tiny": prepared.Ours(("iniconfig",), ("iniconfig",))}
+    monkeypatch.setattr(prepared, "OURS", ours)
+    assert "iniconfig" in prepared.ready("python-tiny", settings).warm
+    (made,) = prepared.built(settings)
+    assert made.packages.keys() == {"iniconfig"}
+    assert (made.directory / "site" / "iniconfig" / "__init__.py").exists()
+    monkeypatch.setattr(prepared, "OURS", {"python-none": prepared.Ours(("there-is-no-such-package",), ())})
+    with pytest.raises(NotFound, match="not built on this machine: ferrum sandbox build python-none"):
+        prepared.ready("python-none", settings)
+
+
+def test_what_is_installed_is_copied_where_it_cannot_be_linked(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError("another file system")
+
+    monkeypatch.setattr(os, "link", refused)
+    monkeypatch.setattr(prepared, "OURS", {"python-tiny": prepared.Ours(("iniconfig",), ())})
+    made = prepared.build("python-tiny", settings)
+    copied = made.directory / "site" / "iniconfig" / "__init__.py"
+    assert copied.stat().st_nlink == 1
+    assert copied.stat().st_mode & stat.S_IROTH
+
+
+def test_the_pins_that_ship_with_ferrum_are_those_of_the_lock() -> None:
+    """`make lock` where this fails."""
+    pins = {line for line in (ROOT / "ferrum/sandbox/python-data.txt").read_text().splitlines() if "==" in line}
+    locked = set((ROOT / "requirements.lock").read_text().splitlines())
+    assert {pin.split(" ; ")[0].removesuffix(" \\") for pin in pins} <= {
+        line.split(" ; ")[0].removesuffix(" \\") for line in locked
+    }
+    assert {"numpy", "pandas", "matplotlib"} <= {pin.partition("==")[0] for pin in pins}
+
+
+def ferrum(*arguments: object) -> int:
+    return status_of([str(one) for one in ("sandbox", *arguments)])
+
+
+@pytest.fixture
+def command_line(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory to stand in, with settings that lead to one place for runtimes."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with environment({"FERRUM_RUNTIMES": str(settings.runtimes), "FERRUM_SANDBOX": "bubblewrap"}):
+        yield tmp_path / "here"
+
+
+@pytest.mark.usefixtures("needs_sandbox")
+def test_a_runtime_is_built_listed_used_and_dropped_by_commands(
+    command_line: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = asks(command_line, wheel(command_line))
+    assert ferrum("build", "mine", file, "--import", "tiny") == 0
+    assert capsys.readouterr().out == "mine  tiny 1.0\n"
+    assert ferrum("list") == 0
+    listed = capsys.readouterr().out
+    assert "mine                 tiny 1.0\n" in listed
+    assert "python-data          not built: ferrum sandbox build python-data\n" in listed
+    assert "bubblewrap           works, memory is held by a " in listed
+    assert ferrum("list", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {"name": "mine", "ready": True, "packages": {"tiny": "1.0"}} in told["runtimes"]
+    assert [one["backend"] for one in told["backends"]] == ["bubblewrap", "gvisor", "container"]
+    assert ferrum("run", "--runtime", "mine", "-c", "import tiny; print(tiny.VERSION)") == 0
+    assert capsys.readouterr().out == "1.0\n"
+    assert ferrum("drop", "mine", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"name": "mine", "dropped": True}
+    assert ferrum("drop", "mine") == 2
+
+
+@pytest.mark.usefixtures("needs_sandbox")
+def test_what_does_not_import_in_a_sandbox_is_not_used(command_line: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ferrum("build", "mine", asks(command_line, wheel(command_line)), "--import", "tinny") == 2
+    assert "does not work in a sandbox: ModuleNotFoundError: No module named 'tinny'" in capsys.readouterr().err
+    assert ferrum("drop", "mine") == 2
+
+
+@pytest.mark.usefixtures("needs_sandbox")
+def test_a_program_is_tried_in_a_sandbox(command_line: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (command_line / "program.py").write_text("text = open('in.txt').read(); open('a/b.txt', 'w').write(text.upper())")
+    (command_line / "in.txt").write_text("hello")
+    assert ferrum("run", "program.py") == 1
+    said = capsys.readouterr().err
+    assert "No such file or directory: 'in.txt'" in said
+    assert "ferrum: error: it exited with 1" in said
+    code = "import os; os.mkdir('a'); exec(open('program.py').read())"
+    assert ferrum("run", "-c", code, "--with", "program.py", "--with", "in.txt", "--out", "a/*", "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["files"] == ["a/b.txt"]
+    assert captured.err == "out/a/b.txt  5 bytes\n"
+    assert (command_line / "out" / "a" / "b.txt").read_text() == "HELLO"
+    # What is there already is not written over.
+    assert ferrum("run", "--shell", "-c", "mkdir a; echo > a/b.txt", "--out", "a/*") == 2
+    assert "out/a/b.txt cannot be written: File exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run"], "give a file, or a program with -c"),
+        (["run", "missing.py"], "missing.py cannot be read: No such file"),
+        (["build", "python-basic"], "needs no building"),
+        (["run", "-c", "1", "--timeout", "0"], "--timeout"),
+    ],
+)
+@pytest.mark.usefixtures("command_line")
+def test_a_mistake_in_what_was_asked_ends_with_2(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ferrum(*arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_where_no_sandbox_works_a_runtime_is_built_without_a_trial(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = asks(tmp_path, wheel(tmp_path))
+    path = os.environ["PATH"]
+    tried = trial(settings)
+
+    def without_sandbox(runtime: Runtime, program: str) -> Mapping[str, bytes]:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        try:
+            return tried(runtime, program)
+        finally:
+            monkeypatch.setenv("PATH", path)
+
+    assert prepared.build("mine", settings, file, ["tiny"], without_sandbox).imports == ("tiny",)

@@ -12,8 +12,10 @@ from sandboxes import needs_sandbox
 
 import ferrum
 from ferrum.artifacts import Ref, process_artifacts
+from ferrum.events import StepOutput
 from ferrum.results import RunStatus, StepStatus
 from ferrum.runs import record
+from ferrum.testing import run_inline
 from ferrum.workflow import Workflow
 
 pytestmark = needs_sandbox
@@ -179,3 +181,18 @@ def test_a_mistake_in_a_step_is_refused_before_anything_runs(step: dict[str, Any
     with pytest.raises(WorkflowError) as caught:
         Plan.of({"name": "x", "steps": {"s": {"type": "sandbox", **step}}})
     assert message in str(caught.value)
+
+
+def test_code_runs_in_process_too_and_keeps_its_time() -> None:
+    found = run_inline(
+        {
+            "name": "x",
+            "steps": {"s": code("import time; print('up'); time.sleep(60)", timeout="1s")},
+            "outputs": {"s": "{{ s }}"},
+        },
+        policy={"allow": ["sandbox:*"]},
+    )
+    assert found.status is RunStatus.COMPLETED
+    output: Any = found.outputs["s"]
+    assert (output["reason"], output["stdout"]) == ("timeout", "up\n")
+    assert [event.text for event in found.events if isinstance(event, StepOutput)] == ["up\n"]

@@ -105,12 +105,12 @@ def taken_out(without: Without) -> Iterator[None]:
         assert old in modules["ferrum.sandbox.init"], f"PID 1 has no {old!r}"
         modules["ferrum.sandbox.init"] = modules["ferrum.sandbox.init"].replace(old, new)
     with ExitStack() as patches:
-        packed = program.packed(modules)
-        patches.enter_context(mock.patch.object(program, "program", lambda: packed))
+        packed = program.packed(modules, with_sources=True)
+        patches.enter_context(mock.patch.object(program, "program", return_value=packed))
         if without != Without():
-            patches.enter_context(mock.patch.object(bubblewrap, "_unconfined", lambda *_: ""))
+            patches.enter_context(mock.patch.object(bubblewrap, "_unconfined", return_value=""))
         if without.covers:
-            patches.enter_context(mock.patch.object(bubblewrap, "_TELLING", ()))
+            patches.enter_context(mock.patch.object(bubblewrap, "TELLING", ()))
         if without.environment or without.user:
             real = subprocess.Popen
 
@@ -151,6 +151,11 @@ def run_all(
         job.told.update(dict(without.told))
     with taken_out(without):
         return asyncio.run(_run_all(Weak(without), runtime, jobs, say))
+
+
+def run_with(backend: Backend, run: CodeRun) -> CodeReply:
+    """Run code with another backend."""
+    return asyncio.run(_run_all(backend, basic(), [Job.of(run, {}, basic())], lambda stream, text: None))[0]
 
 
 async def _run_all(backend: Backend, runtime: Runtime, jobs: list[Job], say: Say) -> list[CodeReply]:

@@ -299,7 +299,7 @@ class Attempt:
 
     async def _limited(self, work: Awaitable[JsonValue]) -> JsonValue:
         try:
-            async with asyncio.timeout(self._step.timeout_s) as limit:
+            async with asyncio.timeout(self._step.cut_off_s) as limit:
                 return await work
         except TimeoutError:
             if not limit.expired():

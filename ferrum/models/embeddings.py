@@ -78,9 +78,7 @@ def _vectors(call: Embedding, data: Any) -> tuple[tuple[float, ...], ...]:
             retry=True,
         ) from error
     if any(not math.isfinite(number) for vector in vectors for number in vector):
-        raise ModelError(
-            f"model {call.model!r} answered with a vector that has no numbers in it: try again", retry=True
-        )
+        raise ModelError(f"model {call.model!r} answered with a vector that is not of numbers: try again", retry=True)
     return vectors
 
 

@@ -33,7 +33,7 @@ CODE: Final = frozenset(
 )
 
 #: Neighbours that are together no longer than this share of the bound are one piece.
-_SMALL: Final = 1 / 3
+_SMALL: Final = 1 / 5
 
 
 #: The most characters of a piece, where nothing else is said: about what small embedders look at.

@@ -125,7 +125,7 @@ def _lexical(texts: Sequence[str]) -> Matrix:
 
 @lru_cache(maxsize=100_000)
 def _places(word: str) -> tuple[Any, Any]:
-    """Where a word adds to a vector (feature hashing, Weinberger et al. 2009): half as a whole, and half by its trigrams."""
+    """Where a word adds to a vector (feature hashing, Weinberger et al. 2009): as a whole, and as much by trigrams."""
     import numpy
 
     framed = f"^{word}$"

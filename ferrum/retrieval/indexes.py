@@ -170,11 +170,6 @@ class Indexes:
             chunks=counts.chunks,
         )
 
-    async def remove(self, tenant: str, name: str, sources: Collection[str]) -> None:
-        """Take documents out of an index, by the names of their sources."""
-        index = await asyncio.to_thread(self.describe, tenant, name)
-        await asyncio.to_thread(self.store.remove, index, sources)
-
     async def search(self, tenant: str, search: Search, *, embed: Embed | None = None) -> SearchReply:
         """What a search finds, the best first; see `ferrum.retrieval.search` for what scores say.
 

@@ -4,7 +4,8 @@ All of it is in a schema of its own, `ferrum_retrieval`, made on first use. Each
 one tenant's chunks are in no scan and in no statistics of another's; who asks gets at the table only by the index's id
 and tenant together.
 
-Vectors are found by an HNSW index, which is approximate, words by a full text index and BM25 over what that counts.
+Vectors are compared with all others in a small index, and found by HNSW, which is approximate, in a big one. Words are
+found by a full text index, and ranked by BM25 over what that counts.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ _VERSION: Final = 1
 _PGVECTOR: Final = (0, 8)
 _LOCK: Final = 0x6665_7272_756D
 _TIMEOUT_S: Final = 10.0
-#: pgvector indexes no more; vectors that are longer are compared one by one.
+#: With fewer chunks all vectors are compared, which is exact and takes some milliseconds. For more there is an HNSW
+#: index.
+_EXACT: Final = 10_000
+#: pgvector indexes no more; vectors that are longer are always compared one by one.
 _HNSW_DIMENSIONS: Final = 2000
 #: How many candidates HNSW keeps. 40, pgvector's default, finds 9 of 10 neighbours where this finds all but a few.
 _EF_SEARCH: Final = 200
@@ -102,7 +106,8 @@ _TABLE: Final[LiteralString] = """
         facts text[] NOT NULL,
         length integer NOT NULL,
         words tsvector NOT NULL
-    );
+    -- Vectors stay in their rows: to compare with all of a small index would else fetch each from elsewhere.
+    ) WITH (toast_tuple_target = 8160);
     CREATE INDEX ON {chunks} (source_id);
     CREATE INDEX ON {chunks} (digest);
     CREATE INDEX ON {chunks} USING gin (facts);
@@ -174,7 +179,7 @@ class PgvectorStore(Store):
 
     def pin(self, index: Index, dimension: int) -> Index:
         with self._transaction() as cursor:
-            key = _key(cursor, index, "FOR UPDATE")
+            key, _ = _place(cursor, index, "FOR UPDATE")
             cursor.execute(
                 "UPDATE ferrum_retrieval.indexes SET dimension = %s WHERE key = %s AND dimension IS NULL",
                 [dimension, key],
@@ -187,13 +192,13 @@ class PgvectorStore(Store):
     def drop(self, index: Index) -> None:
         with self._transaction() as cursor:
             # Waits for those that write, and whoever comes to write after it finds the index gone.
-            key = _key(cursor, index, "FOR UPDATE")
+            key, _ = _place(cursor, index, "FOR UPDATE")
             cursor.execute(_sql("DROP TABLE {chunks}", key))
             cursor.execute("DELETE FROM ferrum_retrieval.indexes WHERE key = %s", [key])
 
     def put(self, index: Index, updates: Sequence[Update]) -> None:
         with self._transaction() as cursor:
-            key = _key(cursor, index, "FOR KEY SHARE")
+            key, _ = _place(cursor, index, "FOR KEY SHARE")
             # In one order, so that two that write the same sources wait for each other in turn and not crosswise.
             ordered = sorted(updates, key=lambda update: _sha256(update.source.name))
             ids = _put_sources(cursor, key, [update.source for update in ordered])
@@ -204,11 +209,13 @@ class PgvectorStore(Store):
                 for chunk in update.chunks
             ]
             _insert_chunks(cursor, key, rows)
-            _count(cursor, key, len(rows) - chunks, sum(int(str(row["length"])) for row in rows) - length)
+            there = _count(cursor, key, len(rows) - chunks, sum(int(str(row["length"])) for row in rows) - length)
+        if there >= _EXACT:
+            self._index_vectors(index)
 
     def remove(self, index: Index, sources: Collection[str]) -> None:
         with self._transaction() as cursor:
-            key = _key(cursor, index, "FOR KEY SHARE")
+            key, _ = _place(cursor, index, "FOR KEY SHARE")
             cursor.execute(
                 "SELECT id FROM ferrum_retrieval.sources WHERE index_key = %s AND name_sha256 = ANY(%s)"
                 " ORDER BY name_sha256 FOR UPDATE",
@@ -223,7 +230,7 @@ class PgvectorStore(Store):
         with self._transaction() as cursor:
             cursor.execute(
                 "SELECT name, digest, origin, metadata FROM ferrum_retrieval.sources WHERE index_key = %s",
-                [_key(cursor, index)],
+                [_place(cursor, index)[0]],
             )
             found = [
                 Source(_given(name), digest, _given(origin), json.loads(metadata))
@@ -233,8 +240,8 @@ class PgvectorStore(Store):
 
     def vectors(self, index: Index, digests: Collection[str]) -> dict[str, Vector]:
         with self._transaction() as cursor:
-            key = _key(cursor, index)
-            if not _has_vectors(cursor, key):
+            key, dimension = _place(cursor, index)
+            if dimension is None:
                 return {}
             cursor.execute(
                 _sql(
@@ -248,8 +255,8 @@ class PgvectorStore(Store):
 
     def by_vector(self, index: Index, vector: Vector, limit: int, clauses: Clauses = ()) -> list[Hit]:
         with self._transaction() as cursor:
-            key = _key(cursor, index)
-            if not _has_vectors(cursor, key):
+            key, dimension = _place(cursor, index)
+            if dimension is None:
                 return []
             values = {"vector": _written(vector), "limit": limit}
             some = _filter(clauses)
@@ -274,7 +281,7 @@ class PgvectorStore(Store):
 
     def by_text(self, index: Index, query: str, limit: int, clauses: Clauses = ()) -> list[Hit]:
         with self._transaction() as cursor:
-            key = _key(cursor, index)
+            key, _ = _place(cursor, index)
             terms = _terms(cursor, key, _joined(asked(query)))
             if not terms:
                 return []
@@ -306,8 +313,8 @@ class PgvectorStore(Store):
         from psycopg.sql import SQL
 
         with self._transaction() as cursor:
-            key = _key(cursor, index)
-            sent = SQL("vector_send(c.vector)" if vectors and _has_vectors(cursor, key) else "NULL::bytea")
+            key, dimension = _place(cursor, index)
+            sent = SQL("vector_send(c.vector)" if vectors and dimension is not None else "NULL::bytea")
             cursor.execute(
                 _sql(
                     "SELECT c.id, s.name, c.text, c.digest, c.position, s.metadata, {sent} FROM {chunks} c"
@@ -328,7 +335,7 @@ class PgvectorStore(Store):
 
     def counts(self, index: Index) -> Counts:
         with self._transaction() as cursor:
-            key = _key(cursor, index)
+            key, _ = _place(cursor, index)
             cursor.execute(
                 "SELECT (SELECT count(*) FROM ferrum_retrieval.sources WHERE index_key = key), chunks"
                 " FROM ferrum_retrieval.indexes WHERE key = %s",
@@ -349,7 +356,7 @@ class PgvectorStore(Store):
         from psycopg_pool import PoolTimeout
 
         try:
-            with self._open().connection() as connection, connection.cursor() as cursor:
+            with self._open().connection(_TIMEOUT_S) as connection, connection.cursor() as cursor:
                 yield cursor
         except psycopg.errors.UndefinedTable as error:
             raise NotFound("the index was dropped just now") from error
@@ -358,6 +365,27 @@ class PgvectorStore(Store):
             raise self._unavailable(f"no connection within {_TIMEOUT_S:g} s; {remedy}") from error
         except psycopg.Error as error:
             raise self._unavailable(str(error).strip().partition("\n")[0] or type(error).__name__) from error
+
+    def _index_vectors(self, index: Index) -> None:
+        """Make the HNSW index, unless it is there or cannot be; searches go on meanwhile, and writers wait."""
+        from psycopg.sql import Identifier
+
+        with self._transaction() as cursor:
+            key, dimension = _place(cursor, index)
+            name = f"chunks_{key}_hnsw"
+            cursor.execute("SELECT to_regclass(%s)", [f"ferrum_retrieval.{name}"])
+            if _one(cursor)[0] is not None or dimension is None or dimension > _HNSW_DIMENSIONS:
+                return
+            # Nobody is writing then: who had begun is waited for, and who comes waits at this row.
+            _place(cursor, index, "FOR UPDATE")
+            # By inner product, which for vectors of length 1 is the cosine and for those of length 0 is something, too.
+            cursor.execute(
+                _sql(
+                    "CREATE INDEX IF NOT EXISTS {name} ON {chunks} USING hnsw (vector vector_ip_ops)",
+                    key,
+                    name=Identifier(name),
+                )
+            )
 
     def _open(self) -> ConnectionPool[Connection[TupleRow]]:
         from psycopg_pool import ConnectionPool
@@ -372,7 +400,6 @@ class PgvectorStore(Store):
                     kwargs={"application_name": "ferrum", "connect_timeout": int(_TIMEOUT_S)},
                     min_size=1,
                     max_size=self._connections,
-                    timeout=_TIMEOUT_S,
                     configure=_configure,
                     # One that the server has closed meanwhile, as by a restart, is replaced and not handed out.
                     check=ConnectionPool.check_connection,
@@ -441,29 +468,24 @@ def _sql(text: LiteralString, key: int = 0, /, **values: object) -> Composed:
     return SQL(text).format(chunks=Identifier("ferrum_retrieval", f"chunks_{key}"), **parts)
 
 
-def _key(cursor: Rows, index: Index, lock: LiteralString = "") -> int:
+def _place(cursor: Rows, index: Index, lock: LiteralString = "") -> tuple[int, int | None]:
+    """The number of the index's own table, and the dimension of the vectors in it."""
     from psycopg.sql import SQL
 
     cursor.execute(
-        _sql("SELECT key FROM ferrum_retrieval.indexes WHERE id = %s AND tenant = %s {lock}", lock=SQL(lock)),
+        _sql(
+            "SELECT key, dimension FROM ferrum_retrieval.indexes WHERE id = %s AND tenant = %s {lock}", lock=SQL(lock)
+        ),
         [index.id, _kept(index.tenant)],
     )
     row = cursor.fetchone()
     if row is None:
         raise NotFound(f"the index {index.name!r} is gone")
-    return int(row[0])
+    return row[0], row[1]
 
 
 def _add_vectors(cursor: Rows, key: int, dimension: int) -> None:
     cursor.execute(_sql("ALTER TABLE {chunks} ADD COLUMN vector vector({dimension})", key, dimension=dimension))
-    if dimension <= _HNSW_DIMENSIONS:
-        # By inner product, which for vectors of length 1 is the cosine and for those of length 0 is something, too.
-        cursor.execute(_sql("CREATE INDEX ON {chunks} USING hnsw (vector vector_ip_ops)", key))
-
-
-def _has_vectors(cursor: Rows, key: int) -> bool:
-    cursor.execute("SELECT dimension IS NOT NULL FROM ferrum_retrieval.indexes WHERE key = %s", [key])
-    return bool(_one(cursor)[0])
 
 
 def _put_sources(cursor: Rows, key: int, sources: Sequence[Source]) -> list[int]:
@@ -513,12 +535,16 @@ def _insert_chunks(cursor: Rows, key: int, rows: Sequence[dict[str, object]]) ->
     )
 
 
-def _count(cursor: Rows, key: int, chunks: int, length: int) -> None:
+def _count(cursor: Rows, key: int, chunks: int, length: int) -> int:
+    """Add to what is counted of an index; how many chunks it has then."""
     # Last in its transaction: who writes to the same index waits for this row.
     cursor.execute(
-        "UPDATE ferrum_retrieval.indexes SET chunks = chunks + %s, length = length + %s WHERE key = %s",
+        "UPDATE ferrum_retrieval.indexes SET chunks = chunks + %s, length = length + %s WHERE key = %s"
+        " RETURNING chunks",
         [chunks, length, key],
     )
+    there: int = _one(cursor)[0]
+    return there
 
 
 def _row(source_id: int, chunk: Chunk, facts: Sequence[str]) -> dict[str, object]:

@@ -53,11 +53,16 @@ class Box:
 
 
 class Cell(ABC):
-    """One confined process, from its start to its end. None of its calls but `reap` waits for anything."""
+    """One confined process, from its start to its end. None of its calls but `reap` waits for anything.
+
+    PID 1 ends by itself when its stdin does, so that it does not outlive a worker that is killed.
+    """
 
     #: What PID 1 reads from and writes to; the caller closes both.
     stdin: int
     stdout: int
+    #: Whether PID 1 is started as another user than the job is to be, with the right to make it that.
+    apart: bool = False
     #: What PID 1 has to filter the system calls of the job with, where the backend has no filter of ours.
     filter: bytes = b""
     #: How memory is held here.
@@ -72,11 +77,17 @@ class Cell(ABC):
 
     @abstractmethod
     def kill(self) -> None:
-        """End everything in it at once; may be called at any time and more than once."""
+        """End everything in it at once; may be called at any time and more than once.
+
+        Before `confirm` it may do nothing: nothing but our own code runs in it, and that ends when stdin does.
+        """
 
     @abstractmethod
     def reap(self) -> None:
-        """Kill it, wait until nothing of it is left, and clean up. Blocks for a short time; may be called again."""
+        """Kill it, wait until nothing of it is left, and clean up; called when the caller has closed both pipes.
+
+        Blocks for a short time; may be called again.
+        """
 
     @abstractmethod
     def last_words(self) -> str:
@@ -105,7 +116,8 @@ class Backend(ABC):
         """Start PID 1 (`program.command(box.runtime)`), confined, with an empty environment.
 
         `/job`, `/tmp` and `/dev/shm` are empty, writable, bounded by `box.disk` each, and all else is read-only.
-        Always called from the same thread, which lives as long as the backend: the kernel may tie the process to it.
+        Always called from the same thread, which lives as long as the backend and does nothing else: what belongs to a
+        thread (a view of the file system, the cores it may use) may be changed for it.
         Raises `Missing`, with what to type, where it cannot be started.
         """
 

@@ -27,7 +27,7 @@ from resource import RLIM_INFINITY, RLIMIT_NOFILE, RLIMIT_NPROC, getrlimit
 from ferrum.sandbox import program, seccomp, skeleton
 from ferrum.sandbox.backend import Backend, Box, Cell, Kind, MemoryBy, Missing, Unconfined
 from ferrum.sandbox.bubblewrap import NOBODY, TELLING
-from ferrum.sandbox.held import Holder
+from ferrum.sandbox.held import Holder, loose, shared, status
 from ferrum.sandbox.profile import profile
 
 _INSTALL = "apt install podman (or install docker, and start its daemon)"
@@ -218,8 +218,7 @@ class _Cell(Cell):
             self.kill()
             raise Unconfined("its PID 1 is not among the processes of this machine: is the daemon on another one?")
         self._init = os.pidfd_open(pid)
-        problem = _unconfined(pid)
-        if problem:
+        if problem := _unconfined(pid):
             self.kill()
             raise Unconfined(f"a sandbox was killed before it ran anything: {problem}")
         self._group = memory_group(pid)
@@ -312,38 +311,18 @@ def _find(token: str) -> int:
         if entry.name.isdigit():
             with suppress(OSError):
                 if (entry / "cmdline").read_bytes().endswith(wanted):
-                    spaces = _status(int(entry.name))["NSpid"]
+                    spaces = status(int(entry.name))["NSpid"]
                     # podman and docker have it in theirs, too.
                     if len(spaces) > 1 and spaces[-1] == "1":
                         return int(entry.name)
     return 0
 
 
-def _status(pid: int) -> dict[str, list[str]]:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
-
-
 def _unconfined(pid: int) -> str:
     """What is wrong with a process that should be confined; empty where nothing is."""
-    status = _status(pid)
-    for name in _CAPABILITIES:
-        if int(status[name][0], 16):
-            return f"it has capabilities ({name} {status[name][0]})"
-    if status["NoNewPrivs"] != ["1"]:
-        return "it can gain privileges (NoNewPrivs is not set)"
-    if status["Seccomp"] != ["2"]:
-        return "no filter holds its system calls"
-    if "0" in status["Uid"]:
-        return "it is root"
-    for kind in _NAMESPACES:
-        try:
-            if Path(f"/proc/{pid}/ns/{kind}").stat().st_ino == Path(f"/proc/self/ns/{kind}").stat().st_ino:
-                return f"it shares our {kind} namespace"
-        except PermissionError:
-            # Not ours to look into: then that it is PID 1 of a namespace is all that can be seen.
-            continue
-    return ""
+    told = status(pid)
+    rights = next((f"it has capabilities ({name})" for name in _CAPABILITIES if int(told[name][0], 16)), "")
+    return rights or loose(told) or shared(pid, _NAMESPACES)
 
 
 def _hard_limit(kind: int, wanted: int) -> str:

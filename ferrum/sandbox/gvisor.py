@@ -15,7 +15,7 @@ import os
 import select
 import shutil
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -23,7 +23,7 @@ from pydantic import JsonValue
 from ferrum.sandbox import program, seccomp, skeleton
 from ferrum.sandbox.backend import Backend, Box, Cell, Kind, MemoryBy, Missing, Unconfined
 from ferrum.sandbox.bubblewrap import NOBODY, Cores, User
-from ferrum.sandbox.held import Holder
+from ferrum.sandbox.held import Holder, loose, shared, status
 from ferrum.sandbox.reach import Reach
 
 _INSTALL = "apt install runsc (Debian 12 and newer), or https://gvisor.dev/docs/user_guide/install"
@@ -51,11 +51,11 @@ class GVisor(Backend):
             raise Missing(f"there is no runsc on PATH: {_INSTALL}")
 
     def start(self, box: Box) -> Cell:
-        self._cores.bind(box.cpus)
+        # This thread, and with it what it starts; nobody inside may change it.
+        os.sched_setaffinity(0, self._cores.take(box.cpus))
         runsc = shutil.which("runsc")
         if runsc is None:
             raise Missing(f"there is no runsc on PATH: {_INSTALL}")
-        user = User.take() if os.geteuid() == 0 else None
         if self._ours is None:
             self._ours = skeleton.Ours("gvisor")
             skeleton.fill(self._ours.directory("root"))
@@ -66,17 +66,16 @@ class GVisor(Backend):
         (bundle / "config.json").chmod(0o644)
         state = bundle / "state"
         state.mkdir(mode=0o700)
-        if user is not None:
-            os.chown(state, user.uid, user.uid)
-            placed = (path for path, _ in box.runtime.placed)
-            self._reach.make((runsc, *box.runtime.mounts, *placed), user.uid)
-        command = [*_tied(), runsc, *self.flags(state), "run", "--bundle", str(bundle), name]
-        try:
-            holder = Holder.start(command, {}, None if user is None else user.uid)
-        except Missing:
+        command = [runsc, *self.flags(state), "run", "--bundle", str(bundle), name]
+        with ExitStack() as undo:
+            user = User.take() if os.geteuid() == 0 else None
             if user is not None:
-                user.release()
-            raise
+                undo.callback(user.release)
+                os.chown(state, user.uid, user.uid)
+                placed = (path for path, _ in box.runtime.placed)
+                self._reach.make((runsc, *box.runtime.mounts, *placed), user.uid)
+            holder = Holder.start(command, {}, None if user is None else user.uid)
+            undo.pop_all()
         return _Cell(holder, user, bundle)
 
     def flags(self, state: Path) -> list[str]:
@@ -152,14 +151,9 @@ def _mounts(box: Box, ours: skeleton.Ours) -> list[JsonValue]:
     return mounts
 
 
-def _tied() -> list[str]:
-    """What makes the kernel kill a program with the thread that starts it; without it the wire's end does that."""
-    setpriv = shutil.which("setpriv")
-    return [setpriv, "--pdeathsig", "KILL"] if setpriv else []
-
-
 class _Cell(Cell):
     memory_by: MemoryBy = "watchdog"
+    apart = True
 
     def __init__(self, holder: Holder, user: User | None, bundle: Path) -> None:
         self.stdin, self.stdout = holder.stdin, holder.stdout
@@ -174,7 +168,7 @@ class _Cell(Cell):
         problem = _unconfined(self._holder.process.pid, self._user.uid if self._user else os.geteuid())
         if problem:
             self.kill()
-            raise Unconfined(f"a sandbox was killed before it ran anything: {problem}")
+            raise Unconfined(f"a sandbox was killed before it ran anything: gVisor's kernel: {problem}")
 
     def kill(self) -> None:
         """Each process of runsc dies with the one that started it."""
@@ -201,27 +195,14 @@ class _Cell(Cell):
 
 
 def _unconfined(runsc: int, uid: int) -> str:
-    """What is wrong with gVisor's kernel; empty where nothing is."""
+    """What is wrong with gVisor's kernel, which is one of the processes of runsc; empty where nothing is."""
     for pid in _below(runsc):
-        try:
-            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        except OSError:
-            continue
-        if arguments[0] != b"runsc-sandbox":
-            continue
-        status = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
-        if status["NoNewPrivs"] != ["1"]:
-            return "gVisor's kernel can gain privileges (NoNewPrivs is not set)"
-        if status["Seccomp"] != ["2"]:
-            return "no filter holds the system calls of gVisor's kernel"
-        if uid == 0 or set(status["Uid"]) != {str(uid)}:
-            return f"gVisor's kernel is the wrong user (uid {status['Uid'][0]})"
-        for kind in _NAMESPACES:
-            if Path(f"/proc/{pid}/ns/{kind}").stat().st_ino == Path(f"/proc/self/ns/{kind}").stat().st_ino:
-                return f"gVisor's kernel shares our {kind} namespace"
-        return ""
-    return "gVisor's kernel cannot be found among the processes of runsc"
+        with suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"runsc-sandbox\0"):
+                told = status(pid)
+                other = set(told["Uid"]) != {str(uid)}
+                return loose(told) or ("it is the wrong user" if other else "") or shared(pid, _NAMESPACES)
+    return "it cannot be found among the processes of runsc"
 
 
 def _below(pid: int) -> list[int]:

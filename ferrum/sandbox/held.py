@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from ferrum.sandbox.backend import Missing
 
@@ -64,3 +65,32 @@ class Holder:
         self.words()
         os.close(self.errors)
         self.errors = -1
+
+
+def status(pid: int) -> dict[str, list[str]]:
+    """What the kernel says of a process. Raises `OSError` where there is none."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def loose(status: Mapping[str, Sequence[str]]) -> str:
+    """What a process may do that it must not; empty where that is nothing."""
+    if list(status["NoNewPrivs"]) != ["1"]:
+        return "it can gain privileges (NoNewPrivs is not set)"
+    if list(status["Seccomp"]) != ["2"]:
+        return "no filter holds its system calls"
+    if "0" in status["Uid"]:
+        return "it is root"
+    return ""
+
+
+def shared(pid: int, namespaces: Iterable[str]) -> str:
+    """Which of these namespaces a process shares with us; empty where that is none.
+
+    Those of another user's process cannot be looked at by all; then nothing is said of them.
+    """
+    for kind in namespaces:
+        with suppress(PermissionError):
+            if Path(f"/proc/{pid}/ns/{kind}").stat().st_ino == Path(f"/proc/self/ns/{kind}").stat().st_ino:
+                return f"it shares our {kind} namespace"
+    return ""

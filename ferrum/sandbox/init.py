@@ -20,18 +20,23 @@ import select
 import sys
 from _json import encode_basestring_ascii
 from _stat import S_ISDIR, S_ISREG
-from collections.abc import Callable
 from resource import RLIMIT_CORE, setrlimit
 from time import monotonic, sleep
-from typing import Any
 
 from ferrum.sandbox import wire
+
+# Importing `typing`, even to ask whether types are being checked, would take as long as Python itself.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 JOB = "/job"
 #: All that can be written to.
 WRITABLE = (JOB, "/tmp", "/dev/shm")
 TICK_S = 0.02
 _CHUNK = 64 * 1024
+_PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _PR_SET_SECCOMP = 22
 _NICE = 5
@@ -40,6 +45,7 @@ _MAY_FAIL = (RLIMIT_CORE, 11, 12)  # RLIMIT_SIGPENDING, RLIMIT_MSGQUEUE
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _MOST_REFUSED = 100
 _LOOKS = 3
+_MOST_OPEN = 1024
 
 
 class suppress:
@@ -65,6 +71,8 @@ def main() -> Callable[[], object]:
     for number in (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP):
         _signal.signal(number, _signal.SIG_IGN)
     _prctl(_PR_SET_DUMPABLE, 0)
+    # Whoever holds the sandbox takes it along. That the worker is gone is seen by the end of the wire.
+    _prctl(_PR_SET_PDEATHSIG, _signal.SIGKILL)
     host = _Host()
     try:
         host.send(wire.UP)
@@ -72,13 +80,14 @@ def main() -> Callable[[], object]:
         child = _Child.fork(prepare)
         if child is None:
             return _Child.job
-        host.send(wire.READY, child.wait_until_ready())
-        with _Nobody():
+        host.send(wire.READY, child.wait_until_ready(host))
+        nobody = _Nobody(prepare["apart"])
+        with nobody:
             job = host.take_job()
         child.start(job)
         ended = _Watch(host, child, job).until_it_ends()
         kill_all()
-        with _Nobody():
+        with nobody:
             host.tell_all(child, job, ended)
     except _Gone:
         pass
@@ -93,22 +102,18 @@ class _Nobody:
     with the right to become somebody else and no other. Elsewhere it is the same user as the job, and this is nothing.
     """
 
+    def __init__(self, apart: bool) -> None:
+        self._apart = apart
+
     def __enter__(self) -> None:
-        if os.getuid() == 0:
+        if self._apart:
             os.setegid(_NOBODY)
             os.seteuid(_NOBODY)
 
     def __exit__(self, *_: object) -> None:
-        if os.getuid() == 0:
+        if self._apart:
             os.seteuid(0)
             os.setegid(0)
-
-
-def _become_nobody() -> None:
-    """For good."""
-    if os.getuid() == 0:
-        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
 
 
 def _filter_calls(program: bytes) -> None:
@@ -294,13 +299,22 @@ class _Child:
         os.close(child._ready_write)
         return child
 
-    def wait_until_ready(self) -> bytes:
+    def wait_until_ready(self, host: _Host) -> bytes:
         """Wait for its imports; returns what could not be imported, one a line."""
+        poll = select.poll()
+        poll.register(self._ready_read, select.POLLIN)
+        # The end of the wire only: what comes through it is for later.
+        poll.register(host.descriptors[0], 0)
         said = b""
-        while data := os.read(self._ready_read, _CHUNK):
+        while True:
+            events = dict(poll.poll())
+            if self._ready_read not in events:
+                raise _Gone
+            data = os.read(self._ready_read, _CHUNK)
+            if not data:
+                os.close(self._ready_read)
+                return said[: wire.LONGEST]
             said += data
-        os.close(self._ready_read)
-        return said[: wire.LONGEST]
 
     def start(self, job: dict[str, Any]) -> None:
         for stream in self.streams:
@@ -315,15 +329,12 @@ class _Child:
 
     def _become(self, prepare: dict[str, Any]) -> None:
         """What the child does first: let go of everything that is PID 1's."""
-        keep = (self._job_read, self._ready_write)
         for standard, stream in zip((1, 2), self.streams, strict=True):
             os.dup2(stream.write_end, standard)
-        for descriptor in range(3, 64):
-            if descriptor not in keep:
-                try:
-                    os.close(descriptor)
-                except OSError:
-                    pass
+        first = 3
+        for kept in sorted((self._job_read, self._ready_write, _MOST_OPEN)):
+            os.closerange(first, kept)
+            first = kept + 1
         # Out of PID 1's session; and a process like any other, which may look into itself and its children.
         os.setsid()
         _prctl(_PR_SET_DUMPABLE, 1)
@@ -334,7 +345,9 @@ class _Child:
         with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
         os.nice(_NICE)
-        _become_nobody()
+        if prepare["apart"]:
+            os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+            os.setresuid(_NOBODY, _NOBODY, _NOBODY)
         if prepare["filter"]:
             _filter_calls(prepare["filter"])
         os.environ.update(prepare["env"])

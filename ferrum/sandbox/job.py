@@ -145,7 +145,7 @@ def limits(run: CodeRun) -> dict[int, int]:
 
 def cpu_seconds(run: CodeRun) -> int:
     """Seconds of processor time that one process may use."""
-    return math.ceil(run.timeout_s * run.cpus) + 1
+    return math.ceil(run.timeout_s * run.cpus)
 
 
 def why(run: CodeRun, ended: Mapping[str, Any], last_words: str, no_memory: bool) -> tuple[WhyEnded, str]:

@@ -68,7 +68,7 @@ class Sandbox:
         sandbox = cls(backend, box, cell)
         try:
             async with asyncio.timeout(_START_S):
-                await sandbox._send(program.program())
+                await sandbox._send(program.program(box.runtime))
                 await sandbox._expect(wire.UP)
                 cell.confirm()
                 runtime = box.runtime
@@ -77,6 +77,7 @@ class Sandbox:
                     "paths": runtime.paths,
                     "env": dict(runtime.env),
                     "links": runtime.links,
+                    "apart": cell.apart,
                     "filter": cell.filter,
                 }
                 await sandbox._send(wire.frame(wire.PREPARE, marshal.dumps(prepare, 2)))

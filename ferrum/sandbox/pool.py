@@ -109,18 +109,16 @@ class Pool:
     async def _add(self, box: Box) -> None:
         try:
             sandbox = await self._start(box, True)
+            try:
+                await sandbox.ready()
+            except BaseException:
+                await sandbox.end()
+                raise
         except FerrumError:
             # Whoever takes one next starts one, and hears why that cannot be.
             return
         finally:
             self._coming[box] -= 1
-        try:
-            await sandbox.ready()
-        except BaseException as error:
-            await sandbox.end()
-            if not isinstance(error, FerrumError):
-                raise
-            return
         if self._closed:
             await sandbox.end()
             return

@@ -49,11 +49,11 @@ def opened():
     for name in os.listdir("/proc/1/fd"):
         for how in (os.O_RDONLY, os.O_WRONLY):
             try:
-                os.open(f"/proc/1/fd/{name}", how | os.O_NONBLOCK)
+                # What is a file or a device in here can be had without PID 1.
+                if not os.readlink(f"/proc/1/fd/{name}").startswith("/"):
+                    return os.open(f"/proc/1/fd/{name}", how | os.O_NONBLOCK)
             except OSError:
-                continue
-            if os.readlink(f"/proc/1/fd/{name}") != "/dev/null":
-                return True
+                pass
 attack("reads the environment of PID 1", lambda: open("/proc/1/environ").read().replace("HOME=/\\0", "") or None)
 attack("opens the wire", opened)
 attack("writes to the system", lambda: open("/usr/probe", "w"))

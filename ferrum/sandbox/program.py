@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from ferrum.sandbox.runtimes import Runtime
+from ferrum.sandbox.runtimes import Runtime, basic
 
 #: Compiled code is for one version of Python only: another one, in a container's image, compiles the source.
 _BOOT = """\
@@ -49,9 +49,9 @@ def command(runtime: Runtime) -> list[str]:
 
 
 @cache
-def program() -> bytes:
+def program(runtime: Runtime) -> bytes:
     """What PID 1 has to be sent first."""
-    return packed(sources())
+    return packed(sources(), with_sources=runtime.interpreter != basic().interpreter)
 
 
 def sources() -> dict[str, str]:
@@ -60,10 +60,10 @@ def sources() -> dict[str, str]:
     return {name: file.read_text(encoding="utf-8") if file.exists() else "" for name, file in files.items()}
 
 
-def packed(modules: Mapping[str, str]) -> bytes:
-    """Modules as PID 1 wants to be sent them."""
+def packed(modules: Mapping[str, str], *, with_sources: bool) -> bytes:
+    """Modules as PID 1 wants to be sent them. What is compiled here is of use only to the same version of Python."""
     compiled = [
-        (name, marshal.dumps(compile(source, name, "exec", dont_inherit=True)), source)
+        (name, marshal.dumps(compile(source, name, "exec", dont_inherit=True)), source if with_sources else "")
         for name, source in modules.items()
     ]
     # Version 2 of the format is read by every Python 3.

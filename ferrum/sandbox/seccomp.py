@@ -13,6 +13,7 @@ import platform
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from ferrum.sandbox.backend import Missing
 
@@ -268,6 +269,7 @@ def names(machine: str) -> dict[int, str]:
     return {number: name for name, number in _numbers(_ALLOWED + _CHECKED + _REFUSED, column)}
 
 
+@cache
 def program(machine: str | None = None) -> bytes:
     """The program for a machine, this one where none is named; what `bwrap --seccomp` and others want to be given."""
     machine = machine or platform.machine()

@@ -12,7 +12,9 @@ everything is checked again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PREPARE = b"P"
 FILE = b"F"

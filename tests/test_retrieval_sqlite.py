@@ -1,0 +1,149 @@
+"""What only the embedded store has to care for: its files, and the vectors that it keeps in memory."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+
+from ferrum.errors import NotFound, Unavailable
+from ferrum.retrieval import sqlite
+from ferrum.retrieval.sqlite import SqliteStore
+from ferrum.retrieval.store import Chunk, Index, Source, Update, Vector, clauses
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> SqliteStore:
+    return SqliteStore(tmp_path)
+
+
+def created(store: SqliteStore, name: str = "docs") -> Index:
+    made = f"idx_{time.monotonic_ns()}"
+    one = Index(id=made, tenant="default", name=name, embedding="test", dimension=2, created_at=1.0)
+    store.create(one)
+    return one
+
+
+X, Y = numpy.array([1, 0], numpy.float32), numpy.array([0, 1], numpy.float32)
+
+
+def update(name: str, *pieces: tuple[str, Vector]) -> Update:
+    chunks = [Chunk(text, text, f"digest of {text}", {"line": 1}, vector) for text, vector in pieces]
+    return Update(Source(name, "1", "here", {}), chunks)
+
+
+def near(store: SqliteStore, one: Index) -> set[str]:
+    hits = store.by_vector(one, X, 1000)
+    return {found.text for found in store.fetch(one, [hit.id for hit in hits])}
+
+
+@pytest.mark.parametrize("remembered", [1000, 3])
+def test_the_vectors_in_memory_keep_up_with_many_changes_also_of_another_process(
+    store: SqliteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remembered: int
+) -> None:
+    monkeypatch.setattr(sqlite, "_REMEMBERED", remembered)
+    one = created(store)
+    # As another process has it: nothing is shared but the files.
+    other = SqliteStore(tmp_path)
+    expected: dict[str, str] = {}
+    for round in range(80):
+        writer = (store, other)[round % 2]
+        name, text = f"s{round % 7}", f"t{round}"
+        expected[name] = text
+        writer.put(one, [update(name, (text, X), (f"{text} too", Y))])
+        if round % 5 == 4:
+            writer.remove(one, [f"s{round % 3}"])
+            expected.pop(f"s{round % 3}", None)
+        if round % 11 < 8:
+            assert near(store, one) == {*expected.values(), *(f"{text} too" for text in expected.values())}
+    other.close()
+
+
+def test_a_search_that_began_before_a_change_is_not_disturbed_by_it(store: SqliteStore) -> None:
+    one = created(store)
+    store.put(one, [update(f"s{number}", (f"t{number}", X)) for number in range(50)])
+    failed: list[BaseException] = []
+
+    def search() -> None:
+        try:
+            for _ in range(100):
+                hits = store.by_vector(one, X, 1000, clauses({"source": ["s0", "s1", "s2"]}))
+                assert len(hits) == 3
+                assert all(hit.score == pytest.approx(1) for hit in hits)
+        except BaseException as error:  # noqa: BLE001 - it is told below
+            failed.append(error)
+
+    threads = [threading.Thread(target=search) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for round in range(30):
+        store.put(one, [update(f"s{number}", (f"t{number} of {round}", X)) for number in range(round % 9)])
+    for thread in threads:
+        thread.join()
+    assert failed == []
+
+
+def test_only_the_vectors_of_the_last_used_indexes_stay_in_memory(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "_IN_MEMORY", 2)
+    made = [created(store, f"i{number}") for number in range(4)]
+    for one in made:
+        store.put(one, [update("a", (one.name, X))])
+    for one in [*made, *made]:
+        assert near(store, one) == {one.name}
+    assert len(store._matrices) == 2
+
+
+def test_an_index_that_another_process_dropped_is_gone_here_too(store: SqliteStore, tmp_path: Path) -> None:
+    one = created(store)
+    store.put(one, [update("a", ("x", X))])
+    other = SqliteStore(tmp_path)
+    other.drop(other.describe("default", "docs"))
+    new = created(other)
+    with pytest.raises(NotFound, match="index 'docs' was dropped"):
+        near(store, one)
+    assert near(store, new) == set()
+    assert len(list(tmp_path.glob("*/*.db"))) == 1
+    other.close()
+
+
+def test_who_waits_too_long_for_other_writers_is_told(
+    store: SqliteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "_PATIENCE_S", 0.05)
+    one = created(store)
+    (path,) = tmp_path.glob("*/*.db")
+    with sqlite3.connect(path, isolation_level=None) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        with pytest.raises(Unavailable, match=r"was in use by other writers for 0\.05 s: try again"):
+            store.put(one, [update("a", ("x", X))])
+        # Readers wait for nobody.
+        assert near(store, one) == set()
+    writer.close()
+
+
+def test_a_damaged_file_is_said_to_be_one(store: SqliteStore, tmp_path: Path) -> None:
+    one = created(store)
+    store.put(one, [update("a", ("x", X))])
+    store.close()
+    (path,) = tmp_path.glob("*/*.db")
+    path.write_bytes(b"no database" * 1000)
+    with pytest.raises(Unavailable, match=r"is damaged .*restore it, or drop the index"):
+        store.counts(one)
+    store.drop(one)
+    assert list(tmp_path.glob("*/*.db*")) == []
+
+
+def test_what_a_killed_creator_left_is_cleared_away_by_the_next(store: SqliteStore, tmp_path: Path) -> None:
+    created(store, "one")
+    (folder,) = tmp_path.iterdir()
+    sqlite3.connect(folder / "idx_dead.db").close()
+    (folder / "idx_dead.db").write_bytes(b"half")
+    created(store, "two")
+    assert not (folder / "idx_dead.db").exists()
+    assert [one.name for one in store.indexes("default")] == ["one", "two"]

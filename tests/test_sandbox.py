@@ -1,0 +1,931 @@
+"""What code in a sandbox can do, what it leaves, and what is left of it: nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import weakened
+from fleet import eventually
+from weakened import Weak, Without
+
+from ferrum.errors import SandboxError
+from ferrum.governance.acts import CodeReply, CodeRun, WhyEnded
+from ferrum.sandbox import Kind, Sandboxes, bubblewrap, seccomp, wire
+from ferrum.sandbox.backend import Backend, Box, Cell, Missing
+from ferrum.sandbox.bubblewrap import Bubblewrap
+from ferrum.sandbox.cgroup import Cgroups
+from ferrum.sandbox.init import leads, matches
+from ferrum.sandbox.job import why
+from ferrum.sandbox.runtimes import basic
+from ferrum.settings import Settings
+
+needs_a_sandbox = pytest.mark.usefixtures("sandbox")
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> None:
+    weakened.needed()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait for something that nobody tells of."""
+    async with asyncio.timeout(60):
+        while not holds():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+def listed(directory: str | Path) -> list[str]:
+    return sorted(path.name for path in Path(directory).iterdir())
+
+
+def mounts() -> str:
+    return Path("/proc/self/mountinfo").read_text()
+
+
+def children() -> list[str]:
+    """The processes that this one has started and not waited for."""
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+
+def nothing(stream: str, text: str) -> None:
+    """Listens to nothing."""
+
+
+def using(work: Callable[[Sandboxes], Awaitable[Any]], **options: Any) -> Any:
+    """What `work` returns, with sandboxes that are closed behind it."""
+
+    async def whole() -> Any:
+        sandboxes = Sandboxes(**options)
+        try:
+            return await work(sandboxes)
+        finally:
+            await sandboxes.aclose()
+
+    return asyncio.run(whole())
+
+
+def ran(run: CodeRun, files: dict[str, bytes] | None = None, say: Callable[[str, str], None] = nothing) -> CodeReply:
+    return weakened.run(run, files=files or {}, say=say)
+
+
+# What code can do.
+
+
+@needs_a_sandbox
+def test_python_runs_and_says_how_it_went() -> None:
+    reply = ran(CodeRun(code="import sys\nprint('out')\nprint('err', file=sys.stderr)"))
+    assert (reply.reason, reply.exit_code, reply.signal, reply.detail) == (WhyEnded.OK, 0, None, "")
+    assert (reply.stdout, reply.stderr) == ("out\n", "err\n")
+    assert (reply.backend, reply.memory_by) == ("bubblewrap", "watchdog")
+    assert reply.cut == ()
+    assert reply.wall_s > 0
+    assert reply.cpu_s is not None
+
+
+@needs_a_sandbox
+def test_files_go_in_and_come_out_and_json_is_its_output() -> None:
+    code = """
+import json, pathlib
+rows = pathlib.Path("data/in.csv").read_text().split(",")
+pathlib.Path("made/deep").mkdir(parents=True)
+pathlib.Path("made/deep/chart.png").write_bytes(bytes(range(256)) * 2000)
+pathlib.Path("made/note.txt").write_text("not asked for")
+json.dump({"rows": len(rows)}, open("output.json", "w"))
+"""
+    reply = ran(CodeRun(code=code, outputs=("made/**/*.png",)), {"data/in.csv": b"1,2,3", "big": bytes(1_000_000)})
+    assert (reply.has_output, reply.output) == (True, {"rows": 3})
+    assert reply.files == {"made/deep/chart.png": bytes(range(256)) * 2000}
+
+
+@needs_a_sandbox
+def test_shell_and_commands_run_too() -> None:
+    reply = ran(CodeRun(language="shell", code='read -r line < in; echo "$line $X" | awk "{print \\$2, \\$1}"; exit 7',
+                        env={"X": "there"}), {"in": b"hello\n"})  # fmt: skip
+    assert (reply.stdout, reply.exit_code, reply.reason) == ("there hello\n", 7, WhyEnded.ERROR)
+    reply = ran(CodeRun(command=("python3", "-c", "import sys; print(sys.argv)", "a b")))
+    assert reply.stdout == "['-c', 'a b']\n"
+    reply = ran(CodeRun(command=("no-such-program",)))
+    assert (reply.exit_code, reply.stderr) == (127, "no-such-program: No such file or directory\n")
+    reply = ran(CodeRun(command=("/usr",)))
+    assert (reply.exit_code, reply.stderr) == (126, "/usr: Permission denied\n")
+
+
+@needs_a_sandbox
+def test_a_program_finds_what_it_expects() -> None:
+    code = """
+import json, multiprocessing, os, sqlite3, subprocess, sys, tempfile, threading, asyncio, socket
+def square(x): return x * x
+found = {
+    "cwd": os.getcwd(), "argv": sys.argv, "env": sorted(os.environ), "name": __name__, "stdin": sys.stdin.read(),
+    "user": os.getuid(), "home": os.path.expanduser("~"), "cores": len(os.sched_getaffinity(0)),
+    "pool": multiprocessing.get_context("fork").Pool(2).map(square, [1, 2, 3]),
+    "child": subprocess.run([sys.executable, "-c", "print(6 * 7)"], capture_output=True, text=True).stdout,
+    "loop": asyncio.run(asyncio.sleep(0, 5)), "temporary": tempfile.gettempdir(),
+    "host": socket.gethostname(), "installed": [p for p in sys.path if "site-packages" in p],
+}
+base = sqlite3.connect("x.db")
+base.execute("create table t (x)")
+base.execute("insert into t values (3)")
+base.commit()
+found["sql"] = base.execute("select x from t").fetchone()
+thread = threading.Thread(target=lambda: found.update(thread=True))
+thread.start()
+thread.join()
+import local
+found["local"] = local.VALUE
+json.dump(found, open("output.json", "w"))
+"""
+    reply = ran(CodeRun(code=code, env={"GIVEN": "1"}, cpus=0.5), {"local.py": b"VALUE = 'mine'"})
+    assert reply.reason is WhyEnded.OK, reply.stderr
+    assert reply.output == {
+        "cwd": "/job", "argv": ["-c"], "env": ["GIVEN", "HOME", "LANG", "PATH", "TMPDIR"], "name": "__main__",
+        "stdin": "", "user": 65534, "home": "/tmp", "cores": 1, "pool": [1, 4, 9], "sql": [3], "child": "42\n",
+        "loop": 5, "temporary": "/tmp", "host": "sandbox", "installed": [], "thread": True, "local": "mine",
+    }  # fmt: skip
+
+
+@needs_a_sandbox
+def test_how_python_ends_is_how_it_ends_here() -> None:
+    assert ran(CodeRun(code="exit(3)")).exit_code == 3
+    assert ran(CodeRun(code="import sys; sys.exit('why')")).stderr == "why\n"
+    assert ran(CodeRun(code="import atexit; atexit.register(print, 'last')")).stdout == "last\n"
+    assert ran(CodeRun(code="f = open('output.json', 'w'); f.write('[1]')")).output == [1]
+    failed = ran(CodeRun(code="def f():\n    return 1 / 0\nf()"))
+    assert failed.stderr == (
+        "Traceback (most recent call last):\n"
+        '  File "<code>", line 3, in <module>\n    f()\n'
+        '  File "<code>", line 2, in f\n    return 1 / 0\n           ~~^~~\n'
+        "ZeroDivisionError: division by zero\n"
+    )
+    assert "SyntaxError" in ran(CodeRun(code="def")).stderr
+    hooked = ran(CodeRun(code="import sys\nsys.excepthook = lambda *a: print('hook', a[1])\n1 / 0"))
+    assert (hooked.stdout, hooked.exit_code) == ("hook division by zero\n", 1)
+    died = ran(CodeRun(code="import ctypes; ctypes.string_at(0)"))
+    assert (died.reason, died.signal, died.detail) == (WhyEnded.ERROR, "SIGSEGV", "it was ended by SIGSEGV")
+
+
+@needs_a_sandbox
+def test_variables_for_an_interpreter_reach_its_own_and_not_pid_1() -> None:
+    code = "import sys; print(sys.flags.optimize, sys.flags.isolated, open('/proc/1/cmdline').read().split(chr(0))[1])"
+    reply = ran(CodeRun(code=code, env={"PYTHONOPTIMIZE": "2", "LD_PRELOAD": "/job/evil.so"}))
+    assert reply.stdout == "2 0 -I\n"
+
+
+@needs_a_sandbox
+def test_what_it_says_is_heard_as_it_says_it() -> None:
+    heard: list[tuple[str, str]] = []
+    # It waits for what is put there only once it was heard, so hearing it late would be never.
+    code = "import time\nprint('Grüße')\ntime.sleep(60)"
+
+    async def work(sandboxes: Sandboxes) -> None:
+        task = asyncio.create_task(sandboxes.run(CodeRun(code=code), {}, lambda *said: heard.append(said)))
+        await until(lambda: bool(heard))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    using(work)
+    assert heard[0] == ("stdout", "Grüße\n")
+
+
+@needs_a_sandbox
+def test_a_lot_is_heard_in_part_kept_in_part_and_counted() -> None:
+    heard: list[str] = []
+    reply = ran(CodeRun(code="import sys\nsys.stdout.write('x' * (3 << 20))"), say=lambda _, text: heard.append(text))
+    assert sum(map(len, heard)) == 64 * 1024
+    assert len(reply.stdout) == 2**20
+    assert reply.cut == ("stdout",)
+    assert reply.reason is WhyEnded.OK
+
+
+@needs_a_sandbox
+@pytest.mark.parametrize(
+    ("left", "problem"),
+    [
+        ("'{'", "it is not JSON"),
+        ("'NaN'", "it is not JSON"),
+        ("'1e999'", "it is not JSON"),
+        ("'\"' + chr(92) + 'ud800\"'", "it is not JSON"),
+        ("'[' * 200000", "it is not JSON"),
+        ("'[' + '1,' * (2 << 20) + '1]'", "more than 2097152 bytes"),
+    ],
+)
+def test_an_output_that_nobody_could_keep_is_none(left: str, problem: str) -> None:
+    reply = ran(CodeRun(code=f"open('output.json', 'w').write({left})"))
+    assert not reply.has_output
+    assert len(reply.cut) == 1
+    assert problem in reply.cut[0]
+
+
+# Why it ended.
+
+
+@pytest.mark.parametrize(
+    ("ended", "last_words", "reason"),
+    [
+        ({"exit": 0, "full": True}, "MemoryError", WhyEnded.OK),
+        ({"exit": 1}, "", WhyEnded.ERROR),
+        ({"exit": 1}, "Traceback\nMemoryError\n", WhyEnded.MEMORY),
+        ({"exit": 1}, "MemoryError\nbut that was caught", WhyEnded.ERROR),
+        ({"exit": 1, "full": True}, "", WhyEnded.DISK),
+        ({"exit": 1}, "OSError: [Errno 28] No space left on device", WhyEnded.DISK),
+        ({"signal": 25}, "", WhyEnded.DISK),
+        ({"signal": 24}, "", WhyEnded.TIMEOUT),
+        ({"signal": 9, "cpu": 29.5}, "", WhyEnded.TIMEOUT),
+        ({"signal": 9, "cpu": 0.1}, "", WhyEnded.ERROR),
+        ({"signal": 40}, "", WhyEnded.ERROR),
+        ({"why": "disk"}, "", WhyEnded.DISK),
+    ],
+)
+def test_why_it_ended_follows_from_what_is_known(ended: dict[str, Any], last_words: str, reason: WhyEnded) -> None:
+    assert why(CodeRun(code="x"), ended, last_words, no_memory=False)[0] is reason
+    if ended.get("exit") != 0:
+        assert why(CodeRun(code="x"), ended, last_words, no_memory=True)[0] is WhyEnded.MEMORY
+
+
+@needs_a_sandbox
+def test_processor_time_ends_it_too() -> None:
+    spinning = CodeRun(code="while True: pass", timeout_s=1, cpus=0.01)
+    reply = weakened.run(spinning, Without(timeout=True))
+    assert (reply.reason, reply.signal) == (WhyEnded.TIMEOUT, "SIGKILL")
+
+
+# What cannot be asked for.
+
+
+@pytest.mark.parametrize(
+    ("run", "files", "message"),
+    [
+        (CodeRun(code="x", runtime="python-dta"), {}, "there is no runtime 'python-dta' here"),
+        (CodeRun(), {}, "either 'code' or 'command'"),
+        (CodeRun(code="x", command=("ls",)), {}, "either 'code' or 'command'"),
+        (CodeRun(command=()), {}, "it is empty"),
+        (CodeRun(code="x"), {"../x": b""}, "no path within the working directory"),
+        (CodeRun(code="x"), {"/etc/x": b""}, "no path within the working directory"),
+        (CodeRun(code="x"), {"a//b": b""}, "no path within the working directory"),
+        (CodeRun(code="x"), {"a\nb": b""}, "no path within the working directory"),
+        (CodeRun(code="x", outputs=("../*",)), {}, "no path within the working directory"),
+        (CodeRun(code="x", outputs=("**/a/**/b/**/c/**",)), {}, "more than 3"),
+        (CodeRun(code="x", outputs=tuple(f"{n}" for n in range(65))), {}, "65 patterns are too many"),
+        (CodeRun(code="x", disk=10), {"a": bytes(11)}, "bigger than its disk"),
+        (CodeRun(code="x", env={"A=B": ""}), {}, "cannot be a variable"),
+        (CodeRun(command=("a\0b",)), {}, "holds no NUL"),
+        (CodeRun(language="shell", code=":" * 200_000), {}, "at most 128 KiB"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_starts(run: CodeRun, files: dict[str, bytes], message: str) -> None:
+    with pytest.raises(SandboxError, match=message):
+        using(lambda sandboxes: sandboxes.run(run, files, nothing), backends={})
+
+
+def test_without_a_backend_it_says_what_to_type(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run = CodeRun(code="print('ran')")
+    with pytest.raises(SandboxError, match="code never runs without one: bubblewrap: there is no bwrap on PATH: apt "):
+        using(lambda sandboxes: sandboxes.run(run, {}, nothing))
+    old = tmp_path / "bwrap"
+    old.write_text("#!/bin/sh\necho bubblewrap 0.4.1\n")
+    old.chmod(0o755)
+    with pytest.raises(SandboxError, match=r"bwrap is version 0.4.1, and 0.8 or newer is needed"):
+        using(lambda sandboxes: sandboxes.run(run, {}, nothing))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(SandboxError, match="bubblewrap is for Linux only: on macOS"):
+        using(lambda sandboxes: sandboxes.run(run, {}, nothing))
+
+
+@pytest.mark.parametrize(
+    ("words", "setting", "remedy"),
+    [
+        (
+            "setting up uid map: Permission denied",
+            "kernel/apparmor_restrict_unprivileged_userns=1",
+            "bwrap-userns-restr",
+        ),
+        ("No permissions to create new namespace", "kernel/unprivileged_userns_clone=0", "unprivileged_userns_clone=1"),
+        ("Creating new namespace failed", "user/max_user_namespaces=0", "user.max_user_namespaces=15000"),
+        ("Creating new namespace failed: Operation not permitted", "", "seccomp=unconfined"),
+        ("Can't mount proc on /newroot/proc: Operation not permitted", "", "systempaths=unconfined"),
+        ("execvp /opt/python: Permission denied", "", "readable by everyone"),
+        ("something new", "", ""),
+    ],
+)
+def test_what_keeps_it_from_starting_comes_with_a_remedy(
+    words: str, setting: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _, value = setting.partition("=")
+    monkeypatch.setattr(bubblewrap, "_setting", lambda asked: value if asked == name else "")
+    said = Bubblewrap().explain(f"bwrap: {words}")
+    assert remedy in said
+    assert bool(said) == bool(remedy)
+
+
+# Probing and checking from outside.
+
+
+@needs_a_sandbox
+def test_a_worker_hears_what_holds_here() -> None:
+    (found,) = using(lambda sandboxes: sandboxes.probe())
+    assert (found.kind, found.works, found.missing, found.memory_by) == (Kind.BUBBLEWRAP, True, "", "watchdog")
+
+
+@needs_a_sandbox
+def test_a_backend_that_does_not_hold_fails_its_probe() -> None:
+    weak = Without(calls=("socket",))
+    with weakened.taken_out(weak):
+        (found,) = using(lambda sandboxes: sandboxes.probe(), backends={Kind.BUBBLEWRAP: lambda: Weak(weak)})
+    assert not found.works
+    assert found.missing == "it does not hold here: code in it makes internet sockets, makes sockets to the hypervisor"
+
+
+@needs_a_sandbox
+@pytest.mark.parametrize(
+    ("without", "problem"),
+    [
+        (Without(filter=True), "no filter holds its system calls"),
+        (Without(swap=((("--cap-drop", "ALL"), ("--cap-add", "ALL")),)), "it has capabilities"),
+        (Without(swap=((("--uid", "65534"), ("--uid", "0")),)), "it is the wrong user"),
+        (Without(flags=("--unshare-net",)), "it shares namespaces with us .net"),
+        (Without(flags=("--as-pid-1",)), None),
+    ],
+)
+def test_what_is_not_confined_is_killed_before_it_runs_anything(without: Without, problem: str | None) -> None:
+    ran_it: list[str] = []
+    options = {"backends": {Kind.BUBBLEWRAP: lambda: Weak(without)}}
+    run = CodeRun(code="print('ran')")
+    with pytest.raises(SandboxError, match=problem or "no sandbox"):
+        using(lambda sandboxes: sandboxes.run(run, {}, lambda _, text: ran_it.append(text)), **options)
+    assert ran_it == []
+
+
+def test_each_thing_that_is_wrong_from_outside_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bubblewrap, "_namespace", lambda kind: 1)
+    good = {
+        "PPid": "7", "NSpid": "9 1", "NoNewPrivs": "1", "Seccomp": "2", "Uid": "60001 60001 60001 60001",
+        "uid_map": "65534 60001 1", **dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"), "0" * 16),
+    }  # fmt: skip
+    told = {f"{kind}-namespace": 2 for kind in ("ipc", "mnt", "net", "pid", "uts")}
+    assert bubblewrap._unconfined(good, told, 7, 60001) == ""
+    for change in (
+        {"PPid": "1"}, {"NSpid": "9 2"}, {"NoNewPrivs": "0"}, {"Seccomp": "0"}, {"Uid": "0 0 0 0"}, {"CapBnd": "1"},
+        {"uid_map": "0 0 4294967295"},
+    ):  # fmt: skip
+        assert bubblewrap._unconfined(good | change, told, 7, 60001)
+    assert bubblewrap._unconfined(good | {"Uid": "0 0 0 0", "uid_map": "65534 0 1"}, told, 7, 0)
+    assert bubblewrap._unconfined(good, told | {"net-namespace": 1}, 7, 60001)
+    assert bubblewrap._unconfined(good, {}, 7, 60001)
+
+
+# PID 1 is believed no further than what it may say.
+
+
+class Liar(Backend):
+    """A backend whose PID 1 has been taken over."""
+
+    kind = Kind.BUBBLEWRAP
+
+    def __init__(self, said: bytes) -> None:
+        self._said = said
+
+    def check(self) -> None:
+        pass
+
+    def start(self, box: Box) -> Cell:
+        return LiarCell(self._said)
+
+
+class LiarCell(Cell):
+    memory_by = "watchdog"
+
+    def __init__(self, said: bytes) -> None:
+        reads, self.stdin = os.pipe()
+        self.stdout, writes = os.pipe()
+        import fcntl
+
+        for descriptor in (self.stdin, writes):
+            fcntl.fcntl(descriptor, 1031, 2**20)
+        os.write(writes, said)
+        os.close(writes)
+        self._reads = reads
+
+    def confirm(self) -> None:
+        pass
+
+    def kill(self) -> None:
+        pass
+
+    def reap(self) -> None:
+        os.close(self._reads)
+
+    def last_words(self) -> str:
+        return "I am PID 1"
+
+
+_UP = wire.frame(wire.UP) + wire.frame(wire.READY)
+_END = wire.frame(wire.END, b'{"why":"","full":false,"cpu":0,"peak":1,"exit":0,"stdout":0,"stderr":0}')
+_DONE = wire.frame(wire.DONE, b'{"refused":["a\\u001b[2Jb"],"too_much":false}')
+
+
+def lied(said: bytes) -> CodeReply:
+    return weakened.run_with(Liar(said), CodeRun(code="x", outputs=("*.txt",)))
+
+
+def test_what_a_sandbox_may_say_is_taken() -> None:
+    reply = lied(_UP + _END + wire.frame(wire.FILE, b"a.txt") + wire.frame(wire.DATA, b"1") + _DONE)
+    assert (reply.reason, reply.files, reply.cut) == (WhyEnded.OK, {"a.txt": b"1"}, ("a\N{REPLACEMENT CHARACTER}[2Jb",))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        wire.frame(wire.FILE, b"../a.txt"),
+        wire.frame(wire.FILE, b"/a.txt"),
+        wire.frame(wire.FILE, b"a.png"),
+        wire.frame(wire.FILE, b"a\n.txt"),
+        wire.frame(wire.FILE, b"\xff.txt") * 2,
+        wire.frame(wire.FILE, b"a.txt") + wire.frame(wire.FILE, b"a.txt") * 2,
+        wire.frame(wire.DATA, b"of no file"),
+        b"".join(wire.frame(wire.FILE, f"{n}.txt".encode()) for n in range(300)),
+        wire.frame(wire.STDOUT, b"after the end"),
+        wire.frame(wire.DONE, b"no JSON"),
+        wire.frame(wire.DONE, b"{}"),
+        b"F\x00\x00",
+    ],
+)
+def test_what_it_may_not_give_back_is_not_taken(said: bytes) -> None:
+    reply = lied(_UP + _END + said + _DONE)
+    assert (reply.reason, reply.detail) == (WhyEnded.KILLED, "its sandbox died; it last wrote: I am PID 1")
+
+
+@pytest.mark.parametrize(
+    "end",
+    [b"no JSON", b"[]", b"{}", b'{"why":"","full":false,"cpu":0,"exit":"0"}', b'{"why":"","full":0,"cpu":[],"exit":0}',
+     b'{"why":"","full":false,"cpu":0,"exit":-1}', b"[" * 100_000],
+)  # fmt: skip
+def test_an_end_that_cannot_be_is_none(end: bytes) -> None:
+    assert lied(_UP + wire.frame(wire.END, end) + _DONE).reason is WhyEnded.KILLED
+
+
+def test_a_sandbox_that_does_not_come_up_is_an_error() -> None:
+    for said in (b"", wire.frame(wire.READY), b"U\xff\xff\xff\xff"):
+        with pytest.raises(SandboxError, match="a sandbox did not start: it died; it last wrote: I am PID 1"):
+            lied(said)
+
+
+def test_a_sandbox_that_says_too_much_is_ended() -> None:
+    reply = lied(_UP + wire.frame(wire.STDOUT, bytes(200_000)) * 4 + _END + _DONE)
+    assert len(reply.stdout) == 800_000
+
+
+# The pool.
+
+
+@needs_a_sandbox
+def test_a_sandbox_that_waits_has_its_runtime_and_is_used_once() -> None:
+    code = "import sys; print('csv' in sys.modules, open('/proc/self/stat').read().split()[21])"
+    run = CodeRun(code=code)
+
+    async def work(sandboxes: Sandboxes) -> tuple[CodeReply, CodeReply]:
+        await sandboxes.prepare(run)
+        await _ready(sandboxes, 1)
+        first = await sandboxes.run(run, {}, nothing)
+        await _ready(sandboxes, 1)
+        return first, await sandboxes.run(run, {}, nothing)
+
+    first, second = using(work)
+    assert first.stdout.startswith("True ")
+    assert second.stdout.startswith("True ")
+    assert first.stdout != second.stdout
+
+
+@needs_a_sandbox
+def test_one_that_dies_while_it_waits_is_replaced() -> None:
+    run = CodeRun(code="print(1)")
+
+    async def work(sandboxes: Sandboxes) -> str:
+        await sandboxes.prepare(run)
+        await _ready(sandboxes, 1)
+        waiting = _waiting(sandboxes)[0]
+        waiting.kill()
+        await until(lambda: _waiting(sandboxes) not in ([], [waiting]))
+        return (await sandboxes.run(run, {}, nothing)).stdout
+
+    assert using(work) == "1\n"
+
+
+@needs_a_sandbox
+def test_there_are_as_many_as_were_used_at_once_and_none_when_idle() -> None:
+    run = CodeRun(code="import time; time.sleep(0.1)")
+
+    async def work(sandboxes: Sandboxes) -> None:
+        await asyncio.gather(*(sandboxes.run(run, {}, nothing) for _ in range(5)))
+        await _ready(sandboxes, 3)
+        # Of another kind, for which one of the others makes way.
+        other = CodeRun(code="1", processes=5)
+        await sandboxes.run(other, {}, nothing)
+        await until(lambda: any(one.box.processes == 5 for one in _waiting(sandboxes)))
+        assert len(_waiting(sandboxes)) <= 3
+        await _ready(sandboxes, 0)
+
+    using(work, warm=3, idle_s=0.6)
+
+
+@needs_a_sandbox
+def test_a_runtime_that_is_damaged_is_said_to_be() -> None:
+    damaged = replace(basic(), name="damaged", warm=("no_such_module",))
+    run = CodeRun(code="print(1)", runtime="damaged")
+
+    async def work(sandboxes: Sandboxes) -> tuple[str, int]:
+        # One that waits is not to be had, and one that does not need it works.
+        await sandboxes.prepare(run)
+        reply = await sandboxes.run(run, {}, nothing)
+        return reply.stdout, len(_waiting(sandboxes))
+
+    assert using(work, runtimes=lambda: (basic(), damaged)) == ("1\n", 0)
+
+
+def _busy(sandboxes: Sandboxes) -> bool:
+    """Whether any is being made or cleared away."""
+    assert sandboxes._open is not None
+    return bool(sandboxes._open._ending or sandboxes._open.pool._tasks)
+
+
+def _waiting(sandboxes: Sandboxes) -> list[Any]:
+    assert sandboxes._open is not None
+    return [one for waiting in sandboxes._open.pool._ready.values() for one in waiting]
+
+
+async def _ready(sandboxes: Sandboxes, count: int) -> None:
+    await until(lambda: len(_waiting(sandboxes)) == count)
+
+
+# Nothing stays behind.
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Iterator[str]:
+    """A directory that sandboxes of a test have mounted, by which their processes are known from outside."""
+    directory = Path(f"/var/tmp/ferrum-mark-{os.getpid()}-{random.randrange(10**9)}")
+    directory.mkdir()
+    try:
+        yield str(directory)
+    finally:
+        directory.rmdir()
+
+
+def marked(mark: str) -> list[str]:
+    """The processes that are in sandboxes with this mark, and those that hold them."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            known = process.joinpath("mountinfo").read_text() + process.joinpath("cmdline").read_text()
+        except OSError:
+            continue
+        if mark in known and int(process.name) != os.getpid():
+            found.append(process.name)
+    return found
+
+
+@needs_a_sandbox
+def test_a_cancelled_run_is_killed_at_once_and_one_that_is_closed_on_says_so(mark: str) -> None:
+    run = CodeRun(code="import os, time\nprint('up')\nos.fork()\ntime.sleep(600)", timeout_s=900)
+    runtime = replace(basic(), mounts=(*basic().mounts, mark))
+
+    async def work() -> CodeReply:
+        sandboxes = Sandboxes(runtimes=lambda: (runtime,))
+        up: list[asyncio.Event] = [asyncio.Event(), asyncio.Event()]
+        one, other = (
+            asyncio.create_task(sandboxes.run(run, {}, lambda *_, event=event: event.set()))  # type: ignore[misc]
+            for event in up
+        )
+        for event in up:
+            await event.wait()
+        assert len(marked(mark)) >= 6
+        one.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await one
+        await sandboxes.aclose()
+        with pytest.raises(SandboxError, match="it is stopping"):
+            await sandboxes.run(run, {}, nothing)
+        return await other
+
+    reply = asyncio.run(work())
+    assert reply.reason is WhyEnded.KILLED
+    assert marked(mark) == []
+
+
+_WORKER = """
+import asyncio, sys
+from dataclasses import replace
+from ferrum.governance.acts import CodeRun
+from ferrum.sandbox import Sandboxes
+from ferrum.sandbox.runtimes import basic
+
+runtime = replace(basic(), mounts=(*basic().mounts, sys.argv[1]))
+code = "import os, time\\nopen('big', 'wb').write(bytes(1 << 20))\\ntime.sleep(0.02 if os.fork() else 60)"
+
+async def one(sandboxes):
+    while True:
+        print("job", flush=True)
+        reply = await sandboxes.run(CodeRun(code=code), {"a": b"b"}, lambda *_: None)
+        assert reply.reason == "ok", reply
+
+async def main():
+    sandboxes = Sandboxes(runtimes=lambda: (runtime,), warm=2)
+    await asyncio.gather(*(one(sandboxes) for _ in range(4)))
+
+asyncio.run(main())
+"""
+
+
+@needs_a_sandbox
+def test_workers_that_are_killed_leave_nothing_behind(mark: str) -> None:
+    """Two processes, each killed and started anew again and again. `bench/sandbox.py` does it with more."""
+    before = mounts()
+    chance = random.Random(4)
+    jobs = 0
+    while jobs < 100:
+        workers = [
+            subprocess.Popen([sys.executable, "-c", _WORKER, mark], stdout=subprocess.PIPE, text=True) for _ in range(2)
+        ]
+        for worker in workers:
+            assert worker.stdout is not None
+            for _ in range(chance.randrange(15, 40)):
+                assert worker.stdout.readline() == "job\n"
+                jobs += 1
+            worker.send_signal(signal.SIGKILL)
+        for worker in workers:
+            worker.communicate()
+    eventually(lambda: marked(mark) == [])
+    assert mounts() == before
+    assert listed(mark) == []
+
+
+@needs_a_sandbox
+def test_a_worker_is_no_bigger_after_many_jobs() -> None:
+    async def work(sandboxes: Sandboxes) -> list[tuple[int, int, int]]:
+        seen = []
+        for _ in range(3):
+            for _ in range(10):
+                await sandboxes.run(CodeRun(code="print(1)"), {"a": bytes(100_000)}, nothing)
+            await _ready(sandboxes, 1)
+            await until(lambda: not _busy(sandboxes))
+            gc.collect()
+            seen.append((len(listed("/proc/self/fd")), len(children()), len(asyncio.all_tasks())))
+        return seen
+
+    seen = using(work, warm=1)
+    assert seen[1] == seen[2]
+
+
+@needs_a_sandbox
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has a view of its own of the file system")
+def test_what_is_made_reachable_for_sandboxes_is_not_for_others() -> None:
+    seen: list[tuple[str, list[str]]] = []
+    before = mounts()
+    kept = listed(Path.home())
+
+    async def work(sandboxes: Sandboxes) -> None:
+        assert (await sandboxes.run(CodeRun(code="pass"), {}, nothing)).reason is WhyEnded.OK
+        seen.append((mounts(), listed(Path.home())))
+
+    using(work)
+    assert seen == [(before, kept)]
+
+
+@needs_a_sandbox
+def test_what_the_page_shows_is_what_it_prints(tmp_path: Path) -> None:
+    page = Path(__file__).parent.parent.joinpath("docs", "sandbox.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    shown = page.partition("```text\n")[2].partition("```")[0]
+    said = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert (said.stdout, said.stderr) == (shown, "")
+
+
+def test_the_settings_say_what_is_used() -> None:
+    chosen = Sandboxes.of(Settings(sandbox="bubblewrap", sandbox_warm=7, sandbox_idle=3))
+    assert (chosen._kinds, chosen._warm, chosen._idle_s) == ([Kind.BUBBLEWRAP], 7, 3)
+    assert Sandboxes.of(Settings())._kinds == [Kind.BUBBLEWRAP]
+
+
+# Limits of the kernel's own.
+
+
+def test_a_cgroup_has_the_limits_of_its_sandbox_and_goes_with_it(tmp_path: Path) -> None:
+    parent = tmp_path / "delegated"
+    parent.mkdir()
+    dead = parent / "ferrum-sandbox-999999999-1"
+    dead.mkdir()
+    groups = Cgroups(parent)
+    assert not dead.exists()
+    group = groups.make(Box(basic(), memory=2**28, disk=2**26, cpus=0.5, processes=32))
+    read = {file.name: file.read_text() for file in group.path.iterdir()}
+    assert read == {
+        "memory.max": str(2**28 + 2**26 + 2**25),
+        "memory.oom.group": "1",
+        "pids.max": "36",
+        "cpu.max": "50000 100000",
+    }
+    group.add(os.getpid())
+    assert (group.path / "cgroup.procs").read_text() == str(os.getpid())
+    assert not group.ran_out_of_memory()
+    assert group.peak_memory() is None
+    (group.path / "memory.events").write_text("low 0\noom 1\noom_kill 1\n")
+    (group.path / "memory.peak").write_text("1000\n")
+    assert group.ran_out_of_memory()
+    assert group.peak_memory() == 1000
+
+
+def _hierarchy() -> Path | None:
+    """A cgroup v2 tree that is ours to write to, with whatever controllers."""
+    for path in (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup")):
+        if (path / "cgroup.controllers").exists() and os.access(path, os.W_OK):
+            return path
+    return None
+
+
+@needs_a_sandbox
+@pytest.mark.skipif(_hierarchy() is None, reason="there is no cgroup v2 tree to write to")
+def test_a_sandbox_is_in_its_cgroup_before_its_job_and_the_group_is_gone_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tree without the controllers there are no limits, but all else is as it is with them."""
+    parent = _hierarchy()
+    assert parent is not None
+    parent = parent / f"ferrum-test-{os.getpid()}"
+    parent.mkdir()
+    made: list[Path] = []
+
+    def make(self: Cgroups, box: Box) -> Any:
+        from ferrum.sandbox.cgroup import Cgroup
+
+        made.append(parent / f"ferrum-sandbox-{os.getpid()}-{len(made)}")
+        made[-1].mkdir()
+        return Cgroup(made[-1])
+
+    monkeypatch.setattr(Cgroups, "make", make)
+    try:
+        backend = {Kind.BUBBLEWRAP: lambda: Bubblewrap(Cgroups(parent))}
+        code = "import os, time\nos.fork()\nprint(open('/proc/self/cgroup').read().count('0::/\\n'))\ntime.sleep(0.3)"
+        inside: list[int] = []
+
+        async def work(sandboxes: Sandboxes) -> CodeReply:
+            def heard(*_: str) -> None:
+                inside.append(len((made[-1] / "cgroup.procs").read_text().split()))
+
+            return await sandboxes.run(CodeRun(code=code), {}, heard)
+
+        reply = using(work, backends=backend, warm=0)
+        assert reply.memory_by == "cgroup"
+        # PID 1, the job and its child.
+        assert max(inside) == 3
+        assert not any(path.exists() for path in made)
+    finally:
+        parent.rmdir()
+
+
+# The wire, the patterns, the filter.
+
+
+def test_frames_are_read_however_they_come() -> None:
+    sent = b"".join([wire.frame(b"U"), *wire.pieces(b"D", bytes(600_000)), wire.frame(b"E", b"{}")])
+    frames = wire.Frames()
+    got = [frame for at in range(0, len(sent), 7777) for frame in frames.feed(sent[at : at + 7777])]
+    assert [(kind, len(body)) for kind, body in got] == [
+        (b"U", 0), (b"D", wire.LONGEST), (b"D", wire.LONGEST), (b"D", 600_000 - 2 * wire.LONGEST), (b"E", 2),
+    ]  # fmt: skip
+    with pytest.raises(wire.Broken):
+        list(wire.Frames().feed(b"D\x7f\xff\xff\xff"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "yes", "no"),
+    [
+        ("a.txt", ["a.txt"], ["b/a.txt", "a.txtx"]),
+        ("*.txt", ["a.txt", ".txt"], ["b/a.txt", "a.png"]),
+        ("**", ["a", "a/b/c"], []),
+        ("**/*.txt", ["a.txt", "b/c/a.txt"], ["a.png"]),
+        ("out/**", ["out/a", "out/b/c"], ["out", "a"]),
+        ("a?c/*", ["abc/x"], ["ac/x", "abc/x/y"]),
+        ("**/x/**/y", ["x/y", "a/x/b/c/y"], ["y", "x"]),
+        ("[a]", ["[a]"], ["a"]),
+    ],
+)
+def test_patterns_mean_what_they_mean_in_a_shell(pattern: str, yes: list[str], no: list[str]) -> None:
+    parts = tuple(pattern.split("/"))
+    for path in yes:
+        split = tuple(path.split("/"))
+        assert matches(split, parts), path
+        assert all(leads(split[:depth], parts) for depth in range(1, len(split)))
+    for path in no:
+        assert not matches(tuple(path.split("/")), parts), path
+    assert not leads(("other", "place"), ("out", "*"))
+
+
+def test_no_name_makes_a_pattern_slow() -> None:
+    assert not matches(("a" * 250,), ("*a" * 100 + "b",))
+    assert not matches(tuple("a" * 16), ("**", "a", "**", "a", "**", "b"))
+
+
+def verdict(program: bytes, number: int, arguments: tuple[int, ...] = (), architecture: int = 0xC000003E) -> int:
+    """What the kernel would do: an interpreter of the classic BPF that seccomp uses."""
+    data = struct.pack("<IIQ6Q", number, architecture, 0, *(*arguments, *(0,) * (6 - len(arguments))))
+    instructions = list(struct.iter_unpack("=HBBI", program))
+    at, value = 0, 0
+    while True:
+        code, true, false, k = instructions[at]
+        at += 1
+        if code == 0x20:
+            value = struct.unpack_from("<I", data, k)[0]
+        elif code == 0x06:
+            return int(k)
+        else:
+            holds = {0x15: value == k, 0x25: value > k, 0x45: bool(value & k)}[code]
+            at += true if holds else false
+
+
+@pytest.mark.parametrize(("machine", "architecture"), [("x86_64", 0xC000003E), ("aarch64", 0xC00000B7)])
+def test_the_filter_does_what_its_tables_say(machine: str, architecture: int) -> None:
+    program = seccomp.program(machine)
+    assert len(program) // 8 < 4096
+
+    def asked(name: str, *arguments: int) -> int:
+        return verdict(program, seccomp.number_of(name, machine), arguments, architecture)
+
+    column = seccomp._MACHINES[machine][1]
+    allowed, checked, refused = (
+        dict(seccomp._numbers(table, column)) for table in (seccomp._ALLOWED, seccomp._CHECKED, seccomp._REFUSED)
+    )
+    assert not allowed.keys() & refused.keys() | checked.keys() & (allowed.keys() | refused.keys())
+    assert len({*allowed.values(), *checked.values(), *refused.values()}) == len(allowed) + len(checked) + len(refused)
+    for number in range(2000):
+        said = verdict(program, number, (0, 0, 0, 0), architecture)
+        if number in allowed.values():
+            assert said == seccomp.ALLOW
+        elif number in refused.values():
+            assert said == seccomp.REFUSE
+        elif number not in checked.values():
+            assert said == seccomp.UNKNOWN
+    # Another architecture's numbers mean other calls: the compat ones of each machine, and the other machine.
+    for other in (0x40000003, 0x40000028, 0xC000003E ^ 0xC00000B7 ^ architecture):
+        assert verdict(program, 0, (), other) == seccomp.KILL
+    assert verdict(program, 0x40000000 | 39, (), architecture) == seccomp.UNKNOWN
+    assert verdict(program, 0xFFFFFFFF, (), architecture) == seccomp.UNKNOWN
+    # 435 is clone3 on both.
+    assert verdict(program, 435, (), architecture) == seccomp.UNKNOWN
+
+    assert asked("clone", 0x1200011) == seccomp.ALLOW
+    for bit in (0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000):
+        assert asked("clone", bit | 17) == seccomp.REFUSE
+    for family in range(2, 64):
+        assert asked("socket", family) == asked("socketpair", family) == seccomp.NO_FAMILY
+    assert asked("socket", 1) == asked("socketpair", 1) == seccomp.ALLOW
+    # The kernel looks at the lower half only, and so does the filter.
+    assert asked("socket", 2**32 | 2) == seccomp.NO_FAMILY
+    assert asked("setsockopt", 3, 1, 9) == asked("setsockopt", 3, 6, 7) == seccomp.ALLOW
+    for name in (7, 8, 32, 33):
+        assert asked("setsockopt", 3, 1, name) == seccomp.REFUSE
+    assert asked("ioctl", 0, 0x5401) == asked("ioctl", 0, 0x541B) == seccomp.ALLOW
+    for request in (0x5412, 0x541C, 0x5423, 2**32 | 0x5412, 0x8912):
+        assert asked("ioctl", 0, request) == seccomp.NO_TERMINAL
+    assert asked("prctl", 15) == seccomp.ALLOW
+    for option in (22, 35, 36, 24, 0x59616D61):
+        assert asked("prctl", option) == seccomp.REFUSE
+    assert asked("prlimit64", 0, 7, 1234) == asked("prlimit64", 0, 4, 0, 1234) == seccomp.ALLOW
+    assert asked("prlimit64", 1, 7, 1234) == asked("prlimit64", 0, 4, 1234) == seccomp.REFUSE
+    assert asked("prlimit64", 0, 4, 0xFFFF << 32) == seccomp.REFUSE
+    assert asked("setrlimit", 7) == seccomp.ALLOW
+    assert asked("setrlimit", 4) == seccomp.REFUSE
+    assert asked("setpriority", 0, 0, 5) == seccomp.ALLOW
+    assert asked("setpriority", 0, 1, 19) == asked("setpriority", 2, 0, 19) == seccomp.REFUSE
+    assert asked("personality", 0xFFFFFFFF) == asked("personality", 0) == seccomp.ALLOW
+    assert asked("personality", 0x0040000) == seccomp.REFUSE
+    assert asked("fcntl", 3, 2) == seccomp.ALLOW
+    for command in (1024, 1026, 1031, 37, 38):
+        assert asked("fcntl", 3, command) == seccomp.REFUSE
+    assert asked("mmap", 0, 0, 3, 0x22) == seccomp.ALLOW
+    assert asked("mmap", 0, 0, 3, 0x40022) == seccomp.REFUSE
+
+
+def test_another_machine_has_no_sandbox() -> None:
+    with pytest.raises(Missing, match="no sandbox on riscv64"):
+        seccomp.program("riscv64")
+
+
+def test_the_worker_imports_nothing_of_it_before_it_is_needed() -> None:
+    code = (
+        "import sys, ferrum, ferrum.actors; print([name for name in sys.modules if name.startswith('ferrum.sandbox')])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said == "[]\n"
