@@ -124,4 +124,4 @@ def test_a_priority_out_of_range_is_refused(ran: Run, tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump({"name": "w", "steps": {"a": echo(1)}}))
     status, _, err = ran("run", file, "--priority", "10", "--detach")
     assert status == 2
-    assert "a priority is a whole number from 0 to 9, not 10" in err
+    assert "10 is not in the range 0<=x<=9" in err

@@ -80,7 +80,7 @@ def schema(as_json: bool) -> None:
 )
 @click.option("--detach", is_flag=True, help="Start it, print its id, and do not wait.")
 @click.option("--key", help="The same key within 24 h is the same run.")
-@click.option("--priority", type=int, help="0 to 9, 9 is most urgent; instead of the workflow's.")
+@click.option("--priority", type=click.IntRange(0, 9), help="0 to 9, 9 is most urgent; instead of the workflow's.")
 @as_json_option
 def run(  # noqa: PLR0917 - click gives them by name
     file: Path, inputs: tuple[str, ...], detach: bool, key: str | None, priority: int | None, as_json: bool

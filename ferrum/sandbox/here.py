@@ -25,7 +25,12 @@ def sandboxes(settings: Settings) -> Sandboxes:
     A runtime of ferrum's own is built when it is first asked for, where that needs no network.
     """
     tried = trial(settings)
-    return Sandboxes(_use(settings), find=lambda name: prepared.ready(name, settings, tried))
+    return Sandboxes(
+        _use(settings),
+        warm=settings.sandbox_warm,
+        idle_s=settings.sandbox_idle,
+        find=lambda name: prepared.ready(name, settings, tried),
+    )
 
 
 def trial(settings: Settings) -> prepared.Trial:
