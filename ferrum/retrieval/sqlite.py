@@ -461,9 +461,11 @@ class _Matrix:
         self._rows: _Rows | None = None
 
     def caught_up(self, db: sqlite3.Connection) -> _Rows:
-        """The vectors as this transaction sees them, or newer."""
-        generation = _generation(db)
+        """The vectors as this transaction sees them, which must not have read anything yet."""
         with self._lock:
+            # What a transaction sees is decided by its first read. Here, so that nobody who began later has been before
+            # it, and what it goes on to read is of the same moment as the vectors.
+            generation = _generation(db)
             rows = self._rows
             if rows is None or rows.generation < generation - _REMEMBERED:
                 rows = _Rows.none()
