@@ -441,7 +441,7 @@ def test_what_completed_is_undone_when_the_run_is_cancelled(office: Office) -> N
     assert office.record.status(run) is RunStatus.COMPENSATING
     with pytest.raises(Conflict, match="is being undone"):
         office.record.cancel(run, "bob")
-    with pytest.raises(Conflict, match="run compensating"):
+    with pytest.raises(Conflict, match="the run is compensating"):
         office.record.decide(run, "b", Verdict(True, "bob"))
     office.go_on([] if office.mute else sends)
     assert office.said(run) == ("cancelled", "enough")
