@@ -1,7 +1,8 @@
 """All benchmarks: `make bench`."""
 
-from bench import language, retrieval, steps
+from bench import language, retrieval, sandbox, steps
 
 steps.main([])
 language.main([])
 retrieval.main([])
+sandbox.main([])

@@ -27,8 +27,9 @@ from ferrum.sandbox.backend import Backend, Box, Cell, Missing
 from ferrum.sandbox.bubblewrap import Bubblewrap
 from ferrum.sandbox.cgroup import Cgroups
 from ferrum.sandbox.init import leads, matches
-from ferrum.sandbox.job import Job, why
+from ferrum.sandbox.job import why
 from ferrum.sandbox.runtimes import basic
+from ferrum.settings import Settings
 
 needs_a_sandbox = pytest.mark.usefixtures("sandbox")
 
@@ -36,6 +37,26 @@ needs_a_sandbox = pytest.mark.usefixtures("sandbox")
 @pytest.fixture(scope="module")
 def sandbox() -> None:
     weakened.needed()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait for something that nobody tells of."""
+    async with asyncio.timeout(60):
+        while not holds():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+def listed(directory: str | Path) -> list[str]:
+    return sorted(path.name for path in Path(directory).iterdir())
+
+
+def mounts() -> str:
+    return Path("/proc/self/mountinfo").read_text()
+
+
+def children() -> list[str]:
+    """The processes that this one has started and not waited for."""
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
 
 
 def nothing(stream: str, text: str) -> None:
@@ -166,12 +187,11 @@ def test_variables_for_an_interpreter_reach_its_own_and_not_pid_1() -> None:
 def test_what_it_says_is_heard_as_it_says_it() -> None:
     heard: list[tuple[str, str]] = []
     # It waits for what is put there only once it was heard, so hearing it late would be never.
-    code = "import os, sys, time\nprint('Grüße')\nsys.stdout.buffer.write('ü'.encode()[:1]); sys.stdout.flush()\ntime.sleep(60)"
+    code = "import time\nprint('Grüße')\ntime.sleep(60)"
 
     async def work(sandboxes: Sandboxes) -> None:
         task = asyncio.create_task(sandboxes.run(CodeRun(code=code), {}, lambda *said: heard.append(said)))
-        while not heard:
-            await asyncio.sleep(0.005)
+        await until(lambda: bool(heard))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -286,22 +306,27 @@ def test_without_a_backend_it_says_what_to_type(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize(
-    ("words", "settings", "remedy"),
+    ("words", "setting", "remedy"),
     [
-        ("bwrap: setting up uid map: Permission denied", {"kernel/apparmor_restrict_unprivileged_userns": "1"}, "bwrap-userns-restrict"),
-        ("bwrap: No permissions to create new namespace", {"kernel/unprivileged_userns_clone": "0"}, "kernel.unprivileged_userns_clone=1"),
-        ("bwrap: Creating new namespace failed", {"user/max_user_namespaces": "0"}, "user.max_user_namespaces=15000"),
-        ("bwrap: Creating new namespace failed: Operation not permitted", {}, "seccomp=unconfined"),
-        ("bwrap: Can't mount proc on /newroot/proc: Operation not permitted", {}, "systempaths=unconfined"),
-        ("bwrap: execvp /opt/python: Permission denied", {}, "readable by everyone"),
-        ("bwrap: something new", {}, ""),
+        (
+            "setting up uid map: Permission denied",
+            "kernel/apparmor_restrict_unprivileged_userns=1",
+            "bwrap-userns-restr",
+        ),
+        ("No permissions to create new namespace", "kernel/unprivileged_userns_clone=0", "unprivileged_userns_clone=1"),
+        ("Creating new namespace failed", "user/max_user_namespaces=0", "user.max_user_namespaces=15000"),
+        ("Creating new namespace failed: Operation not permitted", "", "seccomp=unconfined"),
+        ("Can't mount proc on /newroot/proc: Operation not permitted", "", "systempaths=unconfined"),
+        ("execvp /opt/python: Permission denied", "", "readable by everyone"),
+        ("something new", "", ""),
     ],
-)  # fmt: skip
+)
 def test_what_keeps_it_from_starting_comes_with_a_remedy(
-    words: str, settings: dict[str, str], remedy: str, monkeypatch: pytest.MonkeyPatch
+    words: str, setting: str, remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bubblewrap, "_setting", lambda name: settings.get(name, ""))
-    said = Bubblewrap().explain(words)
+    name, _, value = setting.partition("=")
+    monkeypatch.setattr(bubblewrap, "_setting", lambda asked: value if asked == name else "")
+    said = Bubblewrap().explain(f"bwrap: {words}")
     assert remedy in said
     assert bool(said) == bool(remedy)
 
@@ -412,8 +437,8 @@ _END = wire.frame(wire.END, b'{"why":"","full":false,"cpu":0,"peak":1,"exit":0,"
 _DONE = wire.frame(wire.DONE, b'{"refused":["a\\u001b[2Jb"],"too_much":false}')
 
 
-def lied(said: bytes, run: CodeRun = CodeRun(code="x", outputs=("*.txt",))) -> CodeReply:
-    return weakened.run_with(Liar(said), run)
+def lied(said: bytes) -> CodeReply:
+    return weakened.run_with(Liar(said), CodeRun(code="x", outputs=("*.txt",)))
 
 
 def test_what_a_sandbox_may_say_is_taken() -> None:
@@ -493,8 +518,7 @@ def test_one_that_dies_while_it_waits_is_replaced() -> None:
         await _ready(sandboxes, 1)
         waiting = _waiting(sandboxes)[0]
         waiting.kill()
-        while _waiting(sandboxes) in ([], [waiting]):
-            await asyncio.sleep(0.005)
+        await until(lambda: _waiting(sandboxes) not in ([], [waiting]))
         return (await sandboxes.run(run, {}, nothing)).stdout
 
     assert using(work) == "1\n"
@@ -510,8 +534,7 @@ def test_there_are_as_many_as_were_used_at_once_and_none_when_idle() -> None:
         # Of another kind, for which one of the others makes way.
         other = CodeRun(code="1", processes=5)
         await sandboxes.run(other, {}, nothing)
-        while not any(one.box.processes == 5 for one in _waiting(sandboxes)):
-            await asyncio.sleep(0.005)
+        await until(lambda: any(one.box.processes == 5 for one in _waiting(sandboxes)))
         assert len(_waiting(sandboxes)) <= 3
         await _ready(sandboxes, 0)
 
@@ -532,15 +555,19 @@ def test_a_runtime_that_is_damaged_is_said_to_be() -> None:
     assert using(work, runtimes=lambda: (basic(), damaged)) == ("1\n", 0)
 
 
+def _busy(sandboxes: Sandboxes) -> bool:
+    """Whether any is being made or cleared away."""
+    assert sandboxes._open is not None
+    return bool(sandboxes._open._ending or sandboxes._open.pool._tasks)
+
+
 def _waiting(sandboxes: Sandboxes) -> list[Any]:
     assert sandboxes._open is not None
     return [one for waiting in sandboxes._open.pool._ready.values() for one in waiting]
 
 
 async def _ready(sandboxes: Sandboxes, count: int) -> None:
-    async with asyncio.timeout(60):
-        while len(_waiting(sandboxes)) != count:
-            await asyncio.sleep(0.005)
+    await until(lambda: len(_waiting(sandboxes)) == count)
 
 
 # Nothing stays behind.
@@ -606,7 +633,7 @@ from ferrum.sandbox import Sandboxes
 from ferrum.sandbox.runtimes import basic
 
 runtime = replace(basic(), mounts=(*basic().mounts, sys.argv[1]))
-code = "import os, time\\nopen('big', 'wb').write(bytes(1 << 20))\\nif os.fork(): time.sleep(0.02)\\nelse: time.sleep(60)"
+code = "import os, time\\nopen('big', 'wb').write(bytes(1 << 20))\\ntime.sleep(0.02 if os.fork() else 60)"
 
 async def one(sandboxes):
     while True:
@@ -624,25 +651,25 @@ asyncio.run(main())
 
 @needs_a_sandbox
 def test_workers_that_are_killed_leave_nothing_behind(mark: str) -> None:
-    """200 jobs in two processes, each killed and started anew again and again."""
-    mounts = Path("/proc/self/mountinfo").read_text()
+    """Two processes, each killed and started anew again and again. `bench/sandbox.py` does it with more."""
+    before = mounts()
     chance = random.Random(4)
     jobs = 0
-    while jobs < 200:
+    while jobs < 100:
         workers = [
             subprocess.Popen([sys.executable, "-c", _WORKER, mark], stdout=subprocess.PIPE, text=True) for _ in range(2)
         ]
         for worker in workers:
             assert worker.stdout is not None
-            for _ in range(chance.randrange(25, 60)):
+            for _ in range(chance.randrange(15, 40)):
                 assert worker.stdout.readline() == "job\n"
                 jobs += 1
             worker.send_signal(signal.SIGKILL)
         for worker in workers:
             worker.communicate()
     eventually(lambda: marked(mark) == [])
-    assert Path("/proc/self/mountinfo").read_text() == mounts
-    assert os.listdir(mark) == []
+    assert mounts() == before
+    assert listed(mark) == []
 
 
 @needs_a_sandbox
@@ -653,13 +680,9 @@ def test_a_worker_is_no_bigger_after_many_jobs() -> None:
             for _ in range(10):
                 await sandboxes.run(CodeRun(code="print(1)"), {"a": bytes(100_000)}, nothing)
             await _ready(sandboxes, 1)
-            assert sandboxes._open is not None
-            while sandboxes._open._ending or sandboxes._open.pool._tasks:
-                await asyncio.sleep(0.005)
+            await until(lambda: not _busy(sandboxes))
             gc.collect()
-            descriptors = len(os.listdir("/proc/self/fd"))
-            children = len(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
-            seen.append((descriptors, children, len(asyncio.all_tasks())))
+            seen.append((len(listed("/proc/self/fd")), len(children()), len(asyncio.all_tasks())))
         return seen
 
     seen = using(work, warm=1)
@@ -669,15 +692,33 @@ def test_a_worker_is_no_bigger_after_many_jobs() -> None:
 @needs_a_sandbox
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has a view of its own of the file system")
 def test_what_is_made_reachable_for_sandboxes_is_not_for_others() -> None:
-    before = Path("/proc/self/mountinfo").read_text()
-    kept = os.listdir(Path.home())
+    seen: list[tuple[str, list[str]]] = []
+    before = mounts()
+    kept = listed(Path.home())
 
     async def work(sandboxes: Sandboxes) -> None:
         assert (await sandboxes.run(CodeRun(code="pass"), {}, nothing)).reason is WhyEnded.OK
-        assert Path("/proc/self/mountinfo").read_text() == before
-        assert os.listdir(Path.home()) == kept
+        seen.append((mounts(), listed(Path.home())))
 
     using(work)
+    assert seen == [(before, kept)]
+
+
+@needs_a_sandbox
+def test_what_the_page_shows_is_what_it_prints(tmp_path: Path) -> None:
+    page = Path(__file__).parent.parent.joinpath("docs", "sandbox.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    shown = page.partition("```text\n")[2].partition("```")[0]
+    said = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert (said.stdout, said.stderr) == (shown, "")
+
+
+def test_the_settings_say_what_is_used() -> None:
+    chosen = Sandboxes.of(Settings(sandbox="bubblewrap", sandbox_warm=7, sandbox_idle=3))
+    assert (chosen._kinds, chosen._warm, chosen._idle_s) == ([Kind.BUBBLEWRAP], 7, 3)
+    assert Sandboxes.of(Settings())._kinds == [Kind.BUBBLEWRAP]
 
 
 # Limits of the kernel's own.

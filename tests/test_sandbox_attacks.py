@@ -10,14 +10,11 @@ import os
 import resource
 import shutil
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
-import threading
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,7 +25,6 @@ from weakened import Without
 
 from ferrum.governance.acts import CodeReply, CodeRun, WhyEnded
 from ferrum.sandbox.reach import Reach
-from ferrum.sandbox.runtimes import basic
 
 ROOT = Path(__file__).parent.parent
 ORDINARY = 12345
@@ -239,7 +235,8 @@ if os.fork() == 0:
     os.setsid()
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     if os.fork() == 0:
-        os.execv(sys.executable, [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)", "{mark}"])
+        daemon = "import time; print('up', flush=True); time.sleep(60)"
+        os.execv(sys.executable, [sys.executable, "-c", daemon, "{mark}"])
     os._exit(0)
 sys.stdin = os.fdopen(os.dup(0))
 time.sleep(WAIT)
@@ -295,7 +292,7 @@ def test_no_sandbox_sees_another() -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
 def test_all_of_it_holds_for_an_ordinary_user() -> None:
-    """This file again, in a process of one. The interpreter may be where only root gets to, so that is made reachable."""
+    """This file again, in a process of one. Where only root gets to the interpreter, that is made reachable."""
     paths = [sys.base_prefix, str(Path(sys.prefix).resolve()), str(ROOT)]
     child = os.fork()
     if child == 0:

@@ -19,6 +19,7 @@ from ferrum.sandbox.life import Sandbox, Say
 from ferrum.sandbox.pool import Pool
 from ferrum.sandbox.probe import Probe, probe
 from ferrum.sandbox.runtimes import BASIC, Runtime, basic
+from ferrum.settings import Settings
 
 #: In the order in which they are tried.
 BACKENDS: Mapping[Kind, Callable[[], Backend]] = {
@@ -57,6 +58,12 @@ class Sandboxes:
         self._tried = 0.0
         self._jobs: set[Sandbox] = set()
         self._closed = False
+
+    @classmethod
+    def of(cls, settings: Settings, find: Callable[[str], Runtime] | None = None) -> Sandboxes:
+        """As the operator wants them."""
+        use: Kind | Literal["auto"] = "auto" if settings.sandbox == "auto" else Kind(settings.sandbox)
+        return cls(use, warm=settings.sandbox_warm, idle_s=settings.sandbox_idle, find=find)
 
     async def run(self, run: CodeRun, files: Mapping[str, bytes], say: Say) -> CodeReply:
         """Run code in a sandbox made for it, and return what it left.

@@ -70,8 +70,9 @@ def _installed() -> Iterator[Path]:
     for name in ("lib", sys.platlibdir):
         for packages in ("site-packages", "dist-packages"):
             yield Path(sys.base_prefix, name, f"python{version}", packages)
-    # Debian's, of the interpreter of the system.
-    yield Path("/usr/lib/python3/dist-packages")
+    if sys.base_prefix == "/usr":
+        # Debian's, for any version.
+        yield Path("/usr/lib/python3/dist-packages")
 
 
 def _outside_usr(paths: list[str]) -> list[str]:
