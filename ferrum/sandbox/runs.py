@@ -109,9 +109,9 @@ class Sandboxes:
             self._open = None
 
     async def _runtime(self, name: str) -> Runtime:
-        if name == BASIC:
-            return basic()
         if self._find is None:
+            if name == BASIC:
+                return basic()
             raise SandboxError(f"there is no runtime {name!r} here, only {BASIC!r}")
         try:
             return await asyncio.to_thread(self._find, name)
