@@ -153,7 +153,7 @@ async def one(sandboxes):
         await sandboxes.run(CodeRun(code=code), {}, lambda *_: None)
 
 async def main():
-    sandboxes = Sandboxes(runtimes=lambda: (runtime,))
+    sandboxes = Sandboxes(find=lambda _: runtime)
     await asyncio.gather(*(one(sandboxes) for _ in range(4)))
 
 asyncio.run(main())

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ferrum.artifacts import Ref, process_artifacts
 from ferrum.governance.acts import (
@@ -33,8 +33,10 @@ from ferrum.models import calls, embeddings, prices
 from ferrum.results import Usage
 from ferrum.retrieval import embedders
 from ferrum.retrieval.indexes import Embed, Indexes
-from ferrum.sandbox.here import sandboxes
 from ferrum.settings import Settings
+
+if TYPE_CHECKING:
+    from ferrum.sandbox import Sandboxes
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,6 @@ class LiveActors:
     def __init__(self, settings: Settings) -> None:
         """Raises `SettingsError` for a servers file that cannot be read."""
         self._router = Router(load_servers(settings, os.environ))
-        self._sandboxes = sandboxes(settings)
         self._settings = settings
 
     async def warm(self, kinds: frozenset[str]) -> None:
@@ -79,12 +80,20 @@ class LiveActors:
         return cast("R", reply)
 
     @cached_property
+    def _sandboxes(self) -> Sandboxes:
+        # Here and not above: a worker that runs no code needs none of it.
+        from ferrum.sandbox.here import sandboxes
+
+        return sandboxes(self._settings)
+
+    @cached_property
     def _indexes(self) -> Indexes:
         return Indexes.of(self._settings)
 
     async def aclose(self) -> None:
         """End every session, connection and sandbox."""
-        await self._sandboxes.aclose()
+        if "_sandboxes" in vars(self):
+            await self._sandboxes.aclose()
         await self._router.aclose()
         if "_indexes" in vars(self):
             await asyncio.to_thread(self._indexes.close)

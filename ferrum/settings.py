@@ -71,6 +71,10 @@ class Settings(BaseModel):
         "auto",
         description="What isolates code: `bubblewrap`, `gvisor` or `container`; `auto` is the first that holds here.",
     )
+    sandbox_warm: int = Field(
+        2, ge=0, description="The most sandboxes that wait for code at any one time; there are as many as are used."
+    )
+    sandbox_idle: float = Field(60.0, gt=0, description="How long a sandbox waits that is not used.")
     runtimes: Path | None = Field(
         None,
         description="Where the runtimes of the sandbox are, such as those of an image; default: under `home`.",
@@ -98,10 +102,6 @@ class Settings(BaseModel):
     )
     breaker_window: float = Field(60.0, gt=0, description="The window in which failures of a target are counted.")
     breaker_open: float = Field(30.0, gt=0, description="How long a target is left alone before one step tries it.")
-    sandbox_warm: int = Field(
-        2, ge=0, description="The most sandboxes that wait for code at any one time; there are as many as are used."
-    )
-    sandbox_idle: float = Field(60.0, gt=0, description="How long a sandbox waits that is not used.")
     exit_when_idle: float | None = Field(
         None, gt=0, description="A worker stops itself after so long without a live run."
     )

@@ -603,7 +603,7 @@ def test_a_cancelled_run_is_killed_at_once_and_one_that_is_closed_on_says_so(mar
     runtime = replace(basic(), mounts=(*basic().mounts, mark))
 
     async def work() -> CodeReply:
-        sandboxes = Sandboxes(runtimes=lambda: (runtime,))
+        sandboxes = Sandboxes(find=lambda _: runtime)
         up: list[asyncio.Event] = [asyncio.Event(), asyncio.Event()]
         one, other = (
             asyncio.create_task(sandboxes.run(run, {}, lambda *_, event=event: event.set()))  # type: ignore[misc]
@@ -642,7 +642,7 @@ async def one(sandboxes):
         assert reply.reason == "ok", reply
 
 async def main():
-    sandboxes = Sandboxes(runtimes=lambda: (runtime,), warm=2)
+    sandboxes = Sandboxes(find=lambda _: runtime, warm=2)
     await asyncio.gather(*(one(sandboxes) for _ in range(4)))
 
 asyncio.run(main())
@@ -707,6 +707,7 @@ def test_what_is_made_reachable_for_sandboxes_is_not_for_others() -> None:
 @needs_a_sandbox
 def test_what_the_page_shows_is_what_it_prints(tmp_path: Path) -> None:
     page = Path(__file__).parent.parent.joinpath("docs", "sandbox.md").read_text(encoding="utf-8")
+    page = page.partition("## From Python")[2]
     code = page.partition("```python\n")[2].partition("```")[0]
     shown = page.partition("```text\n")[2].partition("```")[0]
     said = subprocess.run(
@@ -718,7 +719,7 @@ def test_what_the_page_shows_is_what_it_prints(tmp_path: Path) -> None:
 def test_the_settings_say_what_is_used() -> None:
     chosen = Sandboxes.of(Settings(sandbox="bubblewrap", sandbox_warm=7, sandbox_idle=3))
     assert (chosen._kinds, chosen._warm, chosen._idle_s) == ([Kind.BUBBLEWRAP], 7, 3)
-    assert Sandboxes.of(Settings())._kinds == [Kind.BUBBLEWRAP]
+    assert Sandboxes.of(Settings())._kinds == list(Kind)
 
 
 # Limits of the kernel's own.

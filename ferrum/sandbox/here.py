@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Literal
 
 from ferrum.errors import Unavailable
 from ferrum.governance.acts import CodeRun, WhyEnded
 from ferrum.sandbox import prepared
-from ferrum.sandbox.backend import Kind
 from ferrum.sandbox.runs import Sandboxes
 from ferrum.sandbox.runtimes import Runtime
 from ferrum.settings import Settings
@@ -25,12 +23,7 @@ def sandboxes(settings: Settings) -> Sandboxes:
     A runtime of ferrum's own is built when it is first asked for, where that needs no network.
     """
     tried = trial(settings)
-    return Sandboxes(
-        _use(settings),
-        warm=settings.sandbox_warm,
-        idle_s=settings.sandbox_idle,
-        find=lambda name: prepared.ready(name, settings, tried),
-    )
+    return Sandboxes.of(settings, find=lambda name: prepared.ready(name, settings, tried))
 
 
 def trial(settings: Settings) -> prepared.Trial:
@@ -42,12 +35,8 @@ def trial(settings: Settings) -> prepared.Trial:
     return lambda runtime, program: asyncio.run(_trial(settings, runtime, program))
 
 
-def _use(settings: Settings) -> Kind | Literal["auto"]:
-    return "auto" if settings.sandbox == "auto" else Kind(settings.sandbox)
-
-
 async def _trial(settings: Settings, runtime: Runtime, program: str) -> Mapping[str, bytes]:
-    opened = Sandboxes(_use(settings), warm=0, find=lambda name: runtime)
+    opened = Sandboxes.of(settings.model_copy(update={"sandbox_warm": 0}), find=lambda name: runtime)
     try:
         if not any(probe.works for probe in await opened.probe()):
             return {}

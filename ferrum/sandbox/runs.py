@@ -60,10 +60,10 @@ class Sandboxes:
         self._closed = False
 
     @classmethod
-    def of(cls, settings: Settings) -> Sandboxes:
+    def of(cls, settings: Settings, find: Callable[[str], Runtime] | None = None) -> Sandboxes:
         """As the operator wants them."""
         use: Kind | Literal["auto"] = "auto" if settings.sandbox == "auto" else Kind(settings.sandbox)
-        return cls(use, warm=settings.sandbox_warm, idle_s=settings.sandbox_idle)
+        return cls(use, warm=settings.sandbox_warm, idle_s=settings.sandbox_idle, find=find)
 
     async def run(self, run: CodeRun, files: Mapping[str, bytes], say: Say) -> CodeReply:
         """Run code in a sandbox made for it, and return what it left.
@@ -109,9 +109,9 @@ class Sandboxes:
             self._open = None
 
     async def _runtime(self, name: str) -> Runtime:
-        if name == BASIC:
-            return basic()
         if self._find is None:
+            if name == BASIC:
+                return basic()
             raise SandboxError(f"there is no runtime {name!r} here, only {BASIC!r}")
         try:
             return await asyncio.to_thread(self._find, name)
