@@ -58,7 +58,7 @@ _ETC: dict[str, bytes] = {
 #: processes) stays; what only root may read needs no cover, for nobody here is; and each cover takes 0.15 ms.
 _TELLING = (
     "cmdline", "config.gz", "kallsyms", "keys", "key-users", "modules", "diskstats", "partitions", "swaps", "mdstat",
-    "sched_debug", "timer_list", "fs", "sys",
+    "sched_debug", "timer_list", "fs", "pressure", "sys",
 )  # fmt: skip
 
 _DEVICES = ("null", "zero", "full", "random", "urandom")
