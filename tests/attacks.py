@@ -148,6 +148,11 @@ for name in ("cmdline", "kallsyms", "keys", "modules", "sys/kernel/core_pattern"
 return found""",
         Without(covers=True),
     ),
+    Attack(
+        "have the machine watched for it",
+        """return did(os.open, "/proc/pressure/cpu", os.O_RDWR) or did(os.listdir, "/proc/sys/kernel")""",
+        Without(covers=True),
+    ),
     # Writing where it may not.
     *(Attack(f"write to {path}", _write_to(path), _sealed(path)) for path in ("/", "/dev", "/usr/local")),
     Attack("write to /etc", _write_to("/etc"), _sealed("/")),

@@ -59,6 +59,8 @@ class Without:
     environment: bool = False
     #: The user that a root worker's sandboxes have.
     user: bool = False
+    #: The program that a root worker becomes another user with; Python does it then.
+    by_python: bool = False
     #: What was installed for the interpreter is seen.
     hidden: bool = False
 
@@ -80,6 +82,9 @@ class Weak(Bubblewrap):
             assert at is not None, f"bwrap is not given {old}"
             arguments[at : at + len(old)] = new
         return arguments
+
+    def lowered(self, uid: int) -> list[str]:
+        return [] if self._without.user or self._without.by_python else super().lowered(uid)
 
     def devices(self) -> list[str]:
         return ["--dev", "/dev"] if self._without.devices else super().devices()

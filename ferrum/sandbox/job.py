@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +32,11 @@ MOST_SOCKETS = 256
 MOST_LOCKS = 512
 MOST_OPEN = 128
 
+# The module `resource` has the numbers of the host, which may be another system.
+_CPU, _FSIZE, _CORE, _NPROC, _NOFILE, _MEMLOCK, _AS, _SIGPENDING, _MSGQUEUE = 0, 1, 4, 6, 7, 8, 9, 11, 12
+
+_BLOCK = 4096
+_LONGEST_NAME = 255
 _LONGEST_ARGUMENT = 128 * 1024 - 1
 _LONGEST_PATH = 1000
 _MOST_PATTERNS = 64
@@ -56,16 +60,16 @@ class Job:
     @classmethod
     def of(cls, run: CodeRun, files: Mapping[str, bytes], runtime: Runtime) -> Job:
         """Raises `SandboxError` for what cannot be."""
-        for path in files:
-            _check_path(path, "files")
-        for pattern in (*run.outputs, run.output_file):
+        _check_files(files, run.disk)
+        _check_path(run.output_file, "output_file")
+        if set("*?") & set(run.output_file):
+            raise SandboxError(f"output_file: {run.output_file!r} is one file, without '*' and '?'")
+        for pattern in run.outputs:
             _check_path(pattern, "outputs")
             if pattern.split("/").count("**") > _MOST_DEEP:
                 raise SandboxError(f"outputs: {pattern!r} has more than {_MOST_DEEP} '**': name the directories")
         if len(run.outputs) > _MOST_PATTERNS:
             raise SandboxError(f"outputs: {len(run.outputs)} patterns are too many, {_MOST_PATTERNS} may be given")
-        if sum(map(len, files.values())) > run.disk:
-            raise SandboxError(f"files: they are bigger than its disk of {run.disk} bytes: give it more 'disk'")
         env = {"HOME": "/tmp", "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "TMPDIR": "/tmp"}  # noqa: S108
         env |= dict(runtime.env) | run.env
         for name, value in env.items():
@@ -125,21 +129,21 @@ class Job:
 
 
 def limits(run: CodeRun) -> dict[int, int]:
-    """What the kernel holds each process to, by the numbers of setrlimit(2)."""
+    """What the kernel holds each process to, by Linux's numbers of setrlimit(2)."""
     return {
         # Not close: address space is also what is never used. The watchdog is the closer one.
-        resource.RLIMIT_AS: 2 * run.memory + 2**31,
+        _AS: 2 * run.memory + 2**31,
         # PID 1 is one of them.
-        resource.RLIMIT_NPROC: run.processes + 1,
-        resource.RLIMIT_NOFILE: MOST_OPEN,
-        resource.RLIMIT_FSIZE: run.disk,
+        _NPROC: run.processes + 1,
+        _NOFILE: MOST_OPEN,
+        _FSIZE: run.disk,
         # Not 0, which a core dump that goes to a program (systemd-coredump, apport) ignores: 1 is the kernel's word for
         # none at all. Else each crash would be written to a disk of the host's. `seccomp.py` keeps it so.
-        resource.RLIMIT_CORE: 1,
-        resource.RLIMIT_CPU: cpu_seconds(run),
-        resource.RLIMIT_MEMLOCK: 64 * 1024,
-        resource.RLIMIT_SIGPENDING: 256,
-        resource.RLIMIT_MSGQUEUE: 0,
+        _CORE: 1,
+        _CPU: cpu_seconds(run),
+        _MEMLOCK: 64 * 1024,
+        _SIGPENDING: 256,
+        _MSGQUEUE: 0,
     }
 
 
@@ -210,6 +214,19 @@ def _command(run: CodeRun, runtime: Runtime) -> tuple[list[str], list[str]]:
     return programs, arguments
 
 
+def _check_files(files: Mapping[str, bytes], disk: int) -> None:
+    for path in files:
+        _check_path(path, "files")
+        above = [str(parent) for parent in PurePosixPath(path).parents if str(parent) in files]
+        if above:
+            raise SandboxError(f"files: {above[0]!r} is a file and cannot be the directory of {path!r}")
+    # A file takes whole blocks, and what is left must be enough for the code to begin.
+    if sum(-(-len(content) // _BLOCK) * _BLOCK for content in files.values()) > disk:
+        raise SandboxError(f"files: they are bigger than its disk of {disk} bytes: give it more 'disk'")
+    if len(files) > MOST_INODES // 4:
+        raise SandboxError(f"files: {len(files)} are too many, {MOST_INODES // 4} may be given: put them in an archive")
+
+
 def _check_path(path: str, where: str) -> None:
     if not _is_path(path):
         raise SandboxError(
@@ -220,9 +237,10 @@ def _check_path(path: str, where: str) -> None:
 
 def _is_path(path: str) -> bool:
     """Whether it is relative, goes only down, and says what it is."""
-    if not path or len(path) > _LONGEST_PATH or not path.isprintable():
+    if not path.isprintable() or len(path) > _LONGEST_PATH or path.startswith("/"):
         return False
-    return PurePosixPath(path).as_posix() == path and not path.startswith("/") and ".." not in path.split("/")
+    parts = path.split("/")
+    return not {"", ".", ".."} & set(parts) and all(len(part.encode()) <= _LONGEST_NAME for part in parts)
 
 
 def _says(last_words: str, signs: tuple[str, ...]) -> bool:

@@ -156,9 +156,11 @@ class Sandbox:
 
     async def _until_it_ends(self, job: Job, heard: _Heard) -> tuple[WhyEnded, str, dict[str, Any]]:
         run = job.run
+        begun = False
         try:
             async with asyncio.timeout(run.timeout_s) as limit:
                 await self._give(job)
+                begun = True
                 if not self._is_ready:
                     await self._expect(wire.READY)
                 ended = await self._listen(heard)
@@ -171,7 +173,9 @@ class Sandbox:
                 # What it had said before it was killed, and is on its way.
                 await self._listen(heard)
             return WhyEnded.TIMEOUT, f"it ran for longer than {run.timeout_s:g} s", {}
-        except (Died, OSError):
+        except (Died, OSError) as error:
+            if not begun:
+                raise SandboxError(f"a sandbox died before its code began{self._words()}", retry=True) from error
             if self._cell.ran_out_of_memory():
                 return WhyEnded.MEMORY, "the kernel killed it for its memory", {}
             return WhyEnded.KILLED, f"its sandbox died{self._words()}", {}

@@ -30,6 +30,7 @@ BACKENDS: Mapping[Kind, Callable[[], Backend]] = {
 
 #: What did not work is tried again after so long: it may have been installed by then.
 _AGAIN_S = 30.0
+_STOPPING = "the sandboxes of this worker are closed: it is stopping"
 
 
 class Sandboxes:
@@ -80,6 +81,8 @@ class Sandboxes:
         sandbox = await opened.pool.take(box)
         self._jobs.add(sandbox)
         try:
+            if self._closed:
+                raise SandboxError(_STOPPING, retry=True)
             return await sandbox.run(job, say)
         finally:
             self._jobs.discard(sandbox)
@@ -120,7 +123,7 @@ class Sandboxes:
 
     async def _opened(self) -> _Open:
         if self._closed:
-            raise SandboxError("the sandboxes of this worker are closed: it is stopping", retry=True)
+            raise SandboxError(_STOPPING, retry=True)
         await self.probe()
         if self._open is None:
             raise SandboxError(self._why_not())
@@ -153,10 +156,13 @@ class _Open:
     def __init__(self, backend: Backend, warm: int, idle_s: float) -> None:
         self.backend = backend
         self.pool = Pool(self.start, warm, idle_s)
+        self._closed = False
         self._thread = ThreadPoolExecutor(1, f"ferrum-{backend.kind.value}")
         self._ending: set[asyncio.Task[None]] = set()
 
     async def start(self, box: Box, warm: bool) -> Sandbox:
+        if self._closed:
+            raise SandboxError(_STOPPING, retry=True)
         return await Sandbox.start(self.backend, box, self._thread, warm)
 
     def end(self, sandbox: Sandbox) -> None:
@@ -167,6 +173,7 @@ class _Open:
         task.add_done_callback(self._ending.discard)
 
     async def close(self) -> None:
+        self._closed = True
         await self.pool.close()
         while self._ending:
             await asyncio.wait(set(self._ending))
