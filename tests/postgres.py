@@ -85,7 +85,10 @@ class Postgres:
             return True
         self.directory.chmod(0o755)
         command = [program / "bin" / "postgres", "--version"]
-        done = subprocess.run(command, check=False, capture_output=True, **self._as())
+        try:
+            done = subprocess.run(command, check=False, capture_output=True, **self._as())
+        except PermissionError:
+            return False
         return done.returncode == 0
 
     def _make(self) -> None:
