@@ -55,6 +55,8 @@ def opened():
                 pass
 attack("reads the environment of PID 1", lambda: open("/proc/1/environ").read().replace("HOME=/\\0", "") or None)
 attack("opens the wire", opened)
+# Where PID 1 is another user than this, its list tells nothing that could be opened.
+attack("looks into PID 1", lambda: os.stat("/proc/1").st_uid == os.getuid() and os.listdir("/proc/1/fd"))
 attack("writes to the system", lambda: open("/usr/probe", "w"))
 attack("makes internet sockets", lambda: socket.socket(socket.AF_INET))
 attack("makes sockets to the hypervisor", lambda: socket.socket(40))
