@@ -53,7 +53,7 @@ check: setup ## style, types, the order of the rooms, the lock
 	@$(BIN)/pytest -q -p no:cacheprovider tests/test_packaging.py -k lock
 
 test: setup ## all tests, in parallel; fails below 90 % coverage
-	@$(BIN)/pytest -n auto --dist loadfile --cov --cov-report=term --cov-fail-under=90 $(ARGS)
+	@$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=90 $(ARGS)
 
 demo: setup ## an agent as a durable workflow, on the repository it stands in
 	@$(BIN)/python examples/demo.py

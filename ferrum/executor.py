@@ -629,10 +629,12 @@ class _Attempt:
         if self._step.until is not None:
             wanted |= self._step.until.references & body.steps.keys()
         names = [name for name in body.steps if name in wanted]
-        ends = self._executor.record.frame_ends(self.run_id, frames, names)
-        return [self._one_done(body, end) for end in ends]
+        own = self._step.own_names
+        seen = body.output is not None and own is not None and own[0] in body.output.references
+        ends = self._executor.record.frame_ends(self.run_id, frames, names, items=seen)
+        return [self._one_done(body, frame, end) for frame, end in zip(frames, ends, strict=True)]
 
-    def _one_done(self, body: Body, end: FrameEnd) -> Done:
+    def _one_done(self, body: Body, frame: str, end: FrameEnd) -> Done:
         if end.failed:
             where = "" if "" in body.steps else f"{end.failed!r} failed: "
             return Done(end.over, error=where + end.error, denied=end.denied)
@@ -640,11 +642,17 @@ class _Attempt:
         if not end.over:
             return Done(over=False, outputs=outputs)
         if body.output is not None:
-            output = body.output.evaluate({**self._scoped, **outputs})
+            output = body.output.evaluate({**self._scoped, **self._own(frame, end.item), **outputs})
         else:
             last = body.last
             output = outputs.get(last[0]) if len(last) == 1 else {name: outputs.get(name) for name in last}
         return Done(over=True, output=output, outputs=outputs)
+
+    def _own(self, frame: str, item: str) -> dict[str, JsonValue]:
+        """What is a frame's own."""
+        if (own := self._step.own_names) is None:
+            return {}
+        return {own[0]: self._executor.opened(item), own[1]: int(frame.rpartition(".")[2])}
 
     def until(self, done: Done, label: str) -> bool:
         assert self._step.until is not None

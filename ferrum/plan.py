@@ -169,6 +169,12 @@ class PlannedStep:
         return self.timeout_s + _LATE_S if self.timeout_s is not None and self.type.keeps_time else self.timeout_s
 
     @property
+    def own_names(self) -> tuple[str, str] | None:
+        """What the item and the number of each of its frames are called in them; `None` where frames have none."""
+        names = {"for_each": (self.spec.item, self.spec.index), "repeat": ("previous", "round")}
+        return names.get(self.type.name)
+
+    @property
     def composed(self) -> bool:
         """Whether anything may go on inside of it."""
         return bool(self.bodies) or self.type.composed

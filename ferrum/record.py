@@ -32,7 +32,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, TypeVar, cast
 from zlib import crc32
@@ -274,6 +274,8 @@ class FrameEnd:
     failed: str = ""
     error: str = ""
     denied: str = ""
+    #: Envelope of what it was given; empty where that was not asked for.
+    item: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -792,8 +794,10 @@ class Record(Connection):
             for (name, state), entry in zip(found.items(), entries, strict=True)
         }
 
-    def frame_ends(self, run_id: str, frames: Sequence[str], names: Sequence[str]) -> list[FrameEnd]:
-        """How these frames ended: what the steps called `names` in them left, and what failed."""
+    def frame_ends(
+        self, run_id: str, frames: Sequence[str], names: Sequence[str], *, items: bool = False
+    ) -> list[FrameEnd]:
+        """How these frames ended: what the steps called `names` in them left, what failed, and if asked their items."""
         base = base_of(run_id)
         ids = [[f"{frame}.{name}" if name else frame for name in names] for frame in frames]
         fields = [
@@ -813,7 +817,11 @@ class Record(Connection):
 
         entries = self._patiently(lambda: self._at_once(ask)) if states else []
         events = {state["e"]: entry[0][1] for state, entry in zip(states, entries, strict=True)}
-        return [_frame_end(row, names, culprits, events) for row in rows]
+        ended = [_frame_end(row, names, culprits, events) for row in rows]
+        if not items:
+            return ended
+        given = self._patiently(lambda: self._redis.hmget(f"{base}:steps:{run_id}", [f"i:{frame}" for frame in frames]))
+        return [replace(end, item=item or "") for end, item in zip(ended, cast("list[Any]", given), strict=True)]
 
     def _states(self, run_id: str, steps: Sequence[str]) -> list[dict[str, Any]]:
         if not steps:

@@ -94,3 +94,16 @@ def runtimes() -> Path:
     prepared.build("python-data", settings, trial=trial(settings))
     assert settings.runtimes is not None
     return settings.runtimes
+
+
+#: Files whose tests take long begin first, so that none is still at it when all others are done.
+_LONG = (
+    "durability", "docs", "sandbox_attacks", "demo", "plugin", "cli", "approvals", "docs_language", "failure",
+    "example_data_analysis", "models", "schedules", "language", "worker", "examples_rag", "sandbox_killed",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In the order of their length, by file; xdist gives them out in this order."""
+    order = {f"test_{name}.py": place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))

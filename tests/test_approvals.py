@@ -125,7 +125,7 @@ def test_what_waits_for_a_person_is_forgotten_when_its_run_is_cancelled(fleet: F
     asked(run_id)
     ferrum.cancel(run_id, by="ada", reason="no longer needed")
     assert not [one for one in ferrum.approvals() if one.run_id == run_id]
-    with pytest.raises(Conflict, match="run cancelled"):
+    with pytest.raises(Conflict, match="the run is cancelled"):
         ferrum.decide(run_id, "gate", approved=True, by="bob")
     assert ferrum.runs.show(run_id).steps[0].status is StepStatus.CANCELLED
     assert_events_agree(redis_url, run_id)

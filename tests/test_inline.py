@@ -121,6 +121,21 @@ ALIKE: dict[str, Json] = {
     "a case that is a block with a timeout": workflow(
         {"s": {"type": "switch", "value": "a", "cases": {"a": {"timeout": "1h", "steps": {"x": echo(1)}}}}}
     ),
+    "what a block of an item and of a round leaves": workflow(
+        {
+            "a": {
+                "for_each": [3, 4],
+                "steps": {"x": echo("{{ item }}")},
+                "output": ["{{ index }}", "{{ item }}", "{{ x }}"],
+            },
+            "b": {
+                "repeat": {"until": "b.size() > 2", "max": 3},
+                "steps": {"x": echo("{{ round }}")},
+                "output": "{{ (previous == null ? [] : previous) + [round] }}",
+            },
+        },
+        {"a": "{{ a }}", "b": "{{ b }}"},
+    ),
     "tries of a block": workflow({"b": {"retry": {"max_attempts": 2, "backoff": "1ms"}, "steps": {"x": boom()}}}),
     "a saga": workflow(
         {

@@ -185,6 +185,23 @@ def test_a_block_leaves_what_it_says_or_what_its_last_steps_do(office: Office) -
     assert office.left_behind(run) == []
 
 
+def test_what_a_block_leaves_may_name_its_item_and_its_number(office: Office) -> None:
+    each = {
+        "for_each": [5, 6],
+        "as": "one",
+        "steps": {"x": act("{{ one + 1 }}")},
+        "output": {"of": "{{ one }}", "at": "{{ one_index }}", "x": "{{ x }}"},
+    }
+    again = {
+        "repeat": {"until": "b.round == 3", "max": 5},
+        "steps": {"y": act("{{ round }}")},
+        "output": {"round": "{{ round }}", "before": "{{ previous == null ? 0 : previous.round }}", "y": "{{ y }}"},
+    }
+    run = office.run({"a": each, "b": again})
+    assert office.output(run, "a") == [{"of": 5, "at": 0, "x": 6}, {"of": 6, "at": 1, "x": 7}]
+    assert office.output(run, "b") == {"round": 3, "before": 2, "y": 3}
+
+
 def test_a_block_fails_as_what_is_inside_of_it_does_once_all_of_it_has_ended(office: Office) -> None:
     office.says["a.x"] = failing()
     run = office.run({"a": block({"x": act(1), "y": act("{{ x }}"), "z": act(3)})})

@@ -142,7 +142,7 @@ import ferrum, pytest
 @pytest.mark.ferrum_script("script.yaml")
 def test_it(ferrum_worker, model_server):
     run_id = ferrum.submit("greeting.yaml", {"name": "Ada"})
-    assert ferrum.wait(run_id, timeout_s=PATIENCE_S) == {"said": "HELLO, ADA!"}
+    assert ferrum.wait(run_id, timeout_s=120) == {"said": "HELLO, ADA!"}
     assert [call.question.model for call in model_server.asked] == ["scripted"]
 """,
     )
@@ -176,7 +176,7 @@ def afterwards():
 @pytest.mark.parametrize("number", [1, 2])
 def test_it(afterwards, ferrum_worker, model_server, number, caplog):
     run_id = ferrum.submit("shout.yaml", {"text": "here"})
-    assert ferrum.wait(run_id, timeout_s=PATIENCE_S) == {"said": "HERE!"}
+    assert ferrum.wait(run_id, timeout_s=120) == {"said": "HERE!"}
     assert os.environ["OPENAI_API_BASE"] == model_server.url
     assert os.environ["OPENAI_API_KEY"] != MACHINE["OPENAI_API_KEY"]
     logging.getLogger("mine").warning("heard")
@@ -207,7 +207,7 @@ def test_one_that_leaves_a_step_running(ferrum_worker):
 def test_another(ferrum_worker):
     assert not record().any_live()
     assert len(record().workers()) == 1
-    assert ferrum.wait(ferrum.submit("shout.yaml", {"text": "here"}), timeout_s=PATIENCE_S) == {"said": "HERE!"}
+    assert ferrum.wait(ferrum.submit("shout.yaml", {"text": "here"}), timeout_s=120) == {"said": "HERE!"}
 """,
     )
     project.pytest(*_LEAN, passes=2)
@@ -225,7 +225,7 @@ from ferrum.runs import RunFailed
 from ferrum.settings import settings
 
 def greet():
-    return ferrum.wait(ferrum.submit("greeting.yaml", {"name": "Ada"}), timeout_s=PATIENCE_S)
+    return ferrum.wait(ferrum.submit("greeting.yaml", {"name": "Ada"}), timeout_s=120)
 
 class TestDenied:
     @pytest.fixture
@@ -249,7 +249,7 @@ class TestAsked:
         run_id = ferrum.submit("greeting.yaml", {"name": "Ada"})
         next(event for event in ferrum.watch(run_id) if event.type == "step.waiting")
         ferrum.decide(run_id, approved=True, by="a test")
-        assert ferrum.wait(run_id, timeout_s=PATIENCE_S) == {"said": "WELL MET!"}
+        assert ferrum.wait(run_id, timeout_s=120) == {"said": "WELL MET!"}
 
 class TestSettings:
     @pytest.fixture
@@ -268,7 +268,7 @@ def test_a_script_may_stand_in_the_mark(ferrum_worker):
 def test_no_other_provider_is_ever_called(ferrum_worker):
     step = {"type": "llm", "model": "anthropic/claude-sonnet-5-5", "prompt": "Who pays?"}
     with pytest.raises(RunFailed, match="nothing allows model 'anthropic/"):
-        ferrum.wait(ferrum.submit({"name": "costs", "steps": {"one": step}}), timeout_s=PATIENCE_S)
+        ferrum.wait(ferrum.submit({"name": "costs", "steps": {"one": step}}), timeout_s=120)
 """,
     )
     project.pytest(*_LEAN, passes=5, ANTHROPIC_API_KEY="sk-real")
@@ -285,7 +285,7 @@ import ferrum
 def test_it(ferrum_redis, ferrum_worker):
     with open(os.environ["PYTEST_XDIST_WORKER"], "w") as file:
         file.write(ferrum_redis)
-    assert ferrum.wait(ferrum.submit("shout.yaml", {"text": "here"}), timeout_s=PATIENCE_S) == {"said": "HERE!"}
+    assert ferrum.wait(ferrum.submit("shout.yaml", {"text": "here"}), timeout_s=120) == {"said": "HERE!"}
 """,
     )
     project.pytest(*_LEAN, "-n", "2", "--dist", "each", passes=2)
@@ -319,7 +319,7 @@ def test_it(ferrum_cluster, tmp_path):
 
     victim.kill()
     assert victim.container.status == "exited"
-    assert ferrum.wait(run_id, timeout_s=PATIENCE_S) == {"said": "done"}
+    assert ferrum.wait(run_id, timeout_s=120) == {"said": "done"}
     assert log.read_text().split() == [str(victim.container.pid), str(other.container.pid)]
 
     victim.restart()

@@ -620,7 +620,7 @@ def test_a_runtime_that_is_damaged_is_said_to_be() -> None:
         reply = await sandboxes.run(run, {}, nothing)
         return reply.stdout, len(_waiting(sandboxes))
 
-    assert using(work, runtimes=lambda: (basic(), damaged)) == ("1\n", 0)
+    assert using(work, find=lambda name: damaged if name == "damaged" else basic()) == ("1\n", 0)
 
 
 def _at_its_end(pipe: int) -> bool:

@@ -256,6 +256,12 @@ class Attempt:
             outer = self._run.frame_of(self.step_id)[1] + name
         return self._opened(self._run.steps[outer].output)
 
+    def _own(self, frame: str) -> dict[str, JsonValue]:
+        """What is a frame's own."""
+        if (own := self._step.own_names) is None:
+            return {}
+        return {own[0]: self._opened(self._run.items.get(frame, "")), own[1]: int(frame.rpartition(".")[2])}
+
     def _done(self, frame: str, body: Body) -> Done:
         failing = self._run.failed_in(frame, body)
         over = self._run.is_over(frame, body)
@@ -268,7 +274,8 @@ class Attempt:
         if not over:
             return Done(over=False, outputs=outputs)
         if body.output is not None:
-            return Done(over=True, output=body.output.evaluate({**self._scoped, **outputs}), outputs=outputs)
+            scope = {**self._scoped, **self._own(frame), **outputs}
+            return Done(over=True, output=body.output.evaluate(scope), outputs=outputs)
         last = body.last
         output: JsonValue = outputs[last[0]] if len(last) == 1 else {name: outputs[name] for name in last}
         return Done(over=True, output=output, outputs=outputs)
