@@ -493,7 +493,7 @@ class _Attempt:
                 return Then.WAIT, self._inside(why, signature)
             case Skip():
                 return Then.PASS, self._finish(StepStatus.SKIPPED, {"reason": redact(str(why))})
-            case _Stopping():
+            case _:
                 return Then.RETURN, self._hand_back()
 
     def _scope(self) -> dict[str, JsonValue]:

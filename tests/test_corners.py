@@ -13,14 +13,16 @@ from office import Given, Office
 
 from ferrum import runs
 from ferrum.artifacts import Artifacts
+from ferrum.cache import digest_of
 from ferrum.errors import StepError
 from ferrum.events import Event
 from ferrum.governance.budget import Limits
 from ferrum.governance.policy import Policy
 from ferrum.loop import LoopThread
 from ferrum.plan import Plan, _remembered
-from ferrum.record import Claimed, Frames, Lost, Record, new_run_id
+from ferrum.record import Claimed, Frames, Held, Lost, Record, new_run_id
 from ferrum.results import RunStatus, StepStatus, Usage
+from ferrum.scripts import Who
 from ferrum.steps import Attempt, step_types
 from ferrum.testing import Sent, run_inline
 from ferrum.workflow import Workflow
@@ -126,6 +128,8 @@ def waiting(**more: Any) -> dict[str, Any]:
 def test_who_was_cancelled_while_it_waited_for_its_turn_gives_it_to_the_next(office: Office) -> None:
     steps = waiting(concurrency={"key": "k", "limit": 1})
     first, *others, last = (office.run(steps) for _ in range(4))
+    # What is in it goes on, and so it keeps its turn.
+    assert office.executor.keep_shared() == ()
     for other in others:
         office.record.cancel(other, "ann")
     assert office.statuses(last) == {"a": "waiting"}
@@ -140,6 +144,33 @@ def test_who_was_cancelled_while_another_computed_is_passed_by_when_that_fails(o
         office.record.cancel(other, "ann")
     office.go_on(office.executor.keep_shared())
     assert office.statuses(last) == {"a": "waiting", "a.x": "waiting"}
+
+
+def test_what_the_dead_were_computing_is_computed_by_who_waits_for_it(office: Office) -> None:
+    dead = Who(new_run_id(), "a")
+    office.executor.shared.cache.enter(digest_of("x.a", "k"), dead, 0.5)
+    run = office.run({"a": {"type": "act", "value": 1, "cache": {"key": "k", "ttl": "1h"}}})
+    eventually(lambda: office.go_on(office.executor.share()) or office.said(run)[0] == "completed")
+    assert office.did == ["a"]
+
+
+def test_who_lost_its_step_leaves_the_turn_to_who_has_it_now(office: Office) -> None:
+    step = {"a": {"type": "act", "value": 1, "concurrency": {"key": "k", "limit": 1}}}
+    others: list[str] = []
+
+    def lose_it(_: Given, attempt: Attempt) -> None:
+        office.says.clear()
+        (held,) = office.executor.holds.current()
+        office._lose(held)
+        queues = {(kind.queue, 4): True for kind in step_types().values()}
+        office.record.sweep(queues, resend_after_s=60, reap=True)
+        assert isinstance(office.record.claim(Held(held.run_id, "a", "w2#1"), "w2", 60), Claimed)
+        others.append(office.submit(step))
+
+    office.says["a"] = lose_it
+    office.attempt(office.submit(step))
+    office.attempt(others[0])
+    assert office.statuses(others[0]) == {"a": "waiting"}
 
 
 def test_an_error_may_have_half_a_character_in_it(office: Office) -> None:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from ferrum.artifacts import Artifacts, Ref
 from ferrum.errors import Denied, ModelError, OutputError, SettingsError, StepError, TaskError, ToolError
-from ferrum.governance.acts import By, ModelCall, ModelReply, ToolCall, ToolReply
+from ferrum.governance.acts import By, InputFile, ModelCall, ModelReply, ToolCall, ToolReply
 from ferrum.record import Verdict
 from ferrum.settings import Settings
 from ferrum.steps import Health, Inside, Park, step_types
@@ -481,3 +481,9 @@ def test_a_scripted_actor_says_one_thing_after_the_other_and_keeps_to_the_last()
     *tools, answer = asyncio.run(story())
     assert tools == [ToolReply(output=4), ToolReply(output="yes"), ToolReply(output="yes")]
     assert answer == ModelReply(text="hello", model="test/m", finish_reason="stop", usage=actors.costs)
+
+
+@pytest.mark.parametrize("given", [{}, {"text": "a", "artifact": "sha256:" + "0" * 64}])
+def test_a_file_for_code_is_its_text_or_an_artifact(given: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="a file is either its text or an artifact"):
+        InputFile(**given)
