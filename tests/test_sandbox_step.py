@@ -109,7 +109,7 @@ def test_what_code_says_is_seen_while_it_runs(fleet: Fleet, redis_url: str) -> N
         ("raise SystemExit(3)", {}, "error", {"exit_code": 3}),
         ("import os; os.abort()", {}, "error", {"signal": "SIGABRT"}),
         ("while True: pass", {"timeout": "500ms"}, "timeout", {}),
-        ("x = bytearray(200_000_000); x[::4096] = b'1' * len(x[::4096])", {"memory": "64MiB"}, "memory", {}),
+        ("import time; x = b'x' * 200_000_000; time.sleep(60)", {"memory": "64MiB"}, "memory", {}),
         ("open('f', 'wb').write(bytes(50_000_000))", {"disk": "8MB"}, "disk", {}),
     ],
 )
