@@ -9,6 +9,7 @@ import json
 import os
 import resource
 from dataclasses import dataclass
+from pathlib import Path
 
 from weakened import Without
 
@@ -91,8 +92,8 @@ def numbers() -> str:
     return json.dumps({**dict(seccomp._numbers(tables, column)), "clone3": 435})
 
 
-#: Where packages are installed to.
-HIDDEN = basic().hidden[0]
+#: Where packages are installed to, where there are any: a bare machine has none.
+HIDDEN = next((path for path in basic().hidden if any(Path(path).iterdir())), "")
 
 _OF_THE_HOST = ((("--proc", "/proc"), ("--ro-bind", "/var", "/var", "--proc", "/proc")),)
 _DUMPABLE = (("_prctl(_PR_SET_DUMPABLE, 0)", "pass"),)
@@ -133,11 +134,10 @@ names = ("etc/shadow", "home", "root/.ssh", "run", "sys", "var", "boot", "mnt", 
 return [name for name in names if os.path.exists("/" + name)]""",
         Without(swap=_OF_THE_HOST),
     ),
-    Attack(
-        "see what was installed for the interpreter",
-        """return [name for name in sys.path for root in [os.path.join(name, "site-packages")]
-            if os.path.isdir(root) and os.listdir(root)]""",
-        Without(hidden=True),
+    *(
+        [Attack("see what was installed for the interpreter", f"return os.listdir({HIDDEN!r})", Without(hidden=True))]
+        if HIDDEN
+        else []
     ),
     Attack(
         "read what /proc tells of the machine",
@@ -156,7 +156,7 @@ return found""",
     # Writing where it may not.
     *(Attack(f"write to {path}", _write_to(path), _sealed(path)) for path in ("/", "/dev", "/usr/local")),
     Attack("write to /etc", _write_to("/etc"), _sealed("/")),
-    Attack("write to what is hidden", _write_to(HIDDEN), _sealed(HIDDEN)),
+    *([Attack("write to what is hidden", _write_to(HIDDEN), _sealed(HIDDEN))] if HIDDEN else []),
     # Other processes.
     Attack(
         "read the worker's environment",

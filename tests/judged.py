@@ -12,6 +12,7 @@ import statistics
 import sys
 import sysconfig
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,11 @@ def _in_source(module: str, source: str) -> Iterator[tuple[str, str]]:
 
 
 def _in_module(module: str) -> Iterator[tuple[str, str]]:
-    for name, member in inspect.getmembers(__import__(module)):
+    with warnings.catch_warnings():
+        # Some of them are on their way out.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        members = inspect.getmembers(__import__(module))
+    for name, member in members:
         said = inspect.getdoc(member)
         if said and not name.startswith("_") and (inspect.isclass(member) or inspect.isroutine(member)):
             yield f"{module}.{name}", f"# {module}.{name}\n\n{said}"

@@ -89,6 +89,7 @@ def test_many_threads_share_few_connections(database: str) -> None:
     store.close()
 
 
+@pytest.mark.usefixtures("postgres")
 def test_it_goes_on_after_the_server_was_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
     server = Postgres().start()
     try:
