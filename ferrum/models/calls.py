@@ -7,6 +7,7 @@ module. All calls of a process share one event loop, which holds their connectio
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import os
@@ -136,7 +137,14 @@ def _litellm() -> Any:
         os.environ.setdefault(name, value)
     if base := ollama_base(os.environ):
         os.environ.setdefault("OLLAMA_API_BASE", base)
-    import litellm
+    collects = gc.isenabled()
+    # An eighth of the import is looking for garbage in what is there to stay.
+    gc.disable()
+    try:
+        import litellm
+    finally:
+        if collects:
+            gc.enable()
 
     _quieten(litellm)
     return litellm
