@@ -8,6 +8,11 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -432,3 +437,35 @@ return resource.getrlimit(limit)[0] > 1 or did(resource.setrlimit, limit, (0, 0)
         Without(calls=("prlimit64",)),
     ),
 ]
+
+
+@contextmanager
+def reachable(mark: str) -> Iterator[dict[str, str]]:
+    """What there is on the host to be reached, and is reachable for everyone on it, as attacks are told of it.
+
+    `mark` is what must not be found anywhere inside.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="ferrum-host-", dir="/var/tmp"))
+    directory.chmod(0o755)
+    (directory / "secret").write_text("secret")
+    by_path, by_port, abstract = socket.socket(socket.AF_UNIX), socket.socket(), socket.socket(socket.AF_UNIX)
+    by_path.bind(str(directory / "socket"))
+    (directory / "socket").chmod(0o777)
+    by_port.bind(("127.0.0.1", 0))
+    name = f"ferrum-test-{os.getpid()}"
+    abstract.bind(f"\0{name}")
+    for listening in (by_path, by_port, abstract):
+        listening.listen(64)
+    try:
+        yield {
+            "HOST_FILE": str(directory / "secret"),
+            "HOST_SOCKET": str(directory / "socket"),
+            "HOST_PORT": str(by_port.getsockname()[1]),
+            "HOST_ABSTRACT": name,
+            "NUMBERS": numbers(),
+            "MARK": mark[::-1],
+        }
+    finally:
+        for listening in (by_path, by_port, abstract):
+            listening.close()
+        shutil.rmtree(directory)

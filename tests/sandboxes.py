@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 from functools import cache
+from typing import Literal
 
 import pytest
 
-from ferrum.sandbox.runs import Sandboxes
+from ferrum.sandbox import Kind, Sandboxes
 
 
 @cache
-def why_not() -> str:
-    """What is missing; empty where code can be run."""
+def why_not(use: Kind | Literal["auto"] = "auto") -> str:
+    """What is missing; empty where code can be run, by this backend or by any."""
 
     async def probed() -> str:
-        sandboxes = Sandboxes()
+        sandboxes = Sandboxes(use, warm=0)
         try:
             probes = await sandboxes.probe()
         finally:

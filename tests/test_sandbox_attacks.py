@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import weakened
-from attacks import ATTACKS, PRELUDE, Attack, numbers, program
+from attacks import ATTACKS, PRELUDE, Attack, numbers, program, reachable
 from bombs import BOMBS, Bomb
 from weakened import Without
 
@@ -40,31 +37,8 @@ def sandbox() -> None:
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[dict[str, str]]:
-    """What there is on the host to be reached, and is reachable for everyone on it."""
-    directory = Path(tempfile.mkdtemp(prefix="ferrum-host-", dir="/var/tmp"))
-    directory.chmod(0o755)
-    (directory / "secret").write_text("secret")
-    by_path, by_port, abstract = socket.socket(socket.AF_UNIX), socket.socket(), socket.socket(socket.AF_UNIX)
-    by_path.bind(str(directory / "socket"))
-    (directory / "socket").chmod(0o777)
-    by_port.bind(("127.0.0.1", 0))
-    name = f"ferrum-test-{os.getpid()}"
-    abstract.bind(f"\0{name}")
-    for listening in (by_path, by_port, abstract):
-        listening.listen(64)
-    try:
-        yield {
-            "HOST_FILE": str(directory / "secret"),
-            "HOST_SOCKET": str(directory / "socket"),
-            "HOST_PORT": str(by_port.getsockname()[1]),
-            "HOST_ABSTRACT": name,
-            "NUMBERS": numbers(),
-            "MARK": MARK[::-1],
-        }
-    finally:
-        for listening in (by_path, by_port, abstract):
-            listening.close()
-        shutil.rmtree(directory)
+    with reachable(MARK) as host:
+        yield host
 
 
 @pytest.fixture(scope="module")

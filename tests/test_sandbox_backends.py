@@ -6,8 +6,6 @@ import asyncio
 import json
 import os
 import random
-import shutil
-import socket
 import struct
 import subprocess
 import sys
@@ -20,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attacks import ATTACKS, numbers, program
+from attacks import ATTACKS, program, reachable
+from sandboxes import why_not
 
 from ferrum.governance.acts import CodeReply, CodeRun, WhyEnded
 from ferrum.sandbox import Kind, Sandboxes, container, gvisor, held, seccomp, skeleton
@@ -59,16 +58,8 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     """A backend that works on this machine."""
     found: Kind = request.param
 
-    async def works() -> str:
-        sandboxes = Sandboxes(found, warm=0)
-        try:
-            (probe,) = await sandboxes.probe()
-        finally:
-            await sandboxes.aclose()
-        return probe.missing
-
-    if missing := asyncio.run(works()):
-        pytest.skip(f"NOT TESTED HERE: {found.value}: {missing}")
+    if missing := why_not(found):
+        pytest.skip(f"NOT TESTED HERE: {missing}")
     return found
 
 
@@ -175,31 +166,8 @@ def test_a_built_runtime_is_found_inside(kind: Kind, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[dict[str, str]]:
-    """What there is on the host to be reached, and is reachable for everyone on it."""
-    directory = Path(tempfile.mkdtemp(prefix="ferrum-host-", dir="/var/tmp"))
-    directory.chmod(0o755)
-    (directory / "secret").write_text("secret")
-    by_path, by_port, abstract = socket.socket(socket.AF_UNIX), socket.socket(), socket.socket(socket.AF_UNIX)
-    by_path.bind(str(directory / "socket"))
-    (directory / "socket").chmod(0o777)
-    by_port.bind(("127.0.0.1", 0))
-    name = f"ferrum-backends-{os.getpid()}"
-    abstract.bind(f"\0{name}")
-    for listening in (by_path, by_port, abstract):
-        listening.listen(64)
-    try:
-        yield {
-            "HOST_FILE": str(directory / "secret"),
-            "HOST_SOCKET": str(directory / "socket"),
-            "HOST_PORT": str(by_port.getsockname()[1]),
-            "HOST_ABSTRACT": name,
-            "NUMBERS": numbers(),
-            "MARK": "the-worker's-secret"[::-1],
-        }
-    finally:
-        for listening in (by_path, by_port, abstract):
-            listening.close()
-        shutil.rmtree(directory)
+    with reachable("the-worker's-secret") as host:
+        yield host
 
 
 def test_the_attacks_that_bubblewrap_holds_are_held(

@@ -17,11 +17,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from sandboxes import why_not
 
 from ferrum.cli import status_of
 from ferrum.errors import AuthorError, NotFound, Unavailable
 from ferrum.governance.acts import CodeReply, CodeRun, WhyEnded
-from ferrum.sandbox import Kind, Sandboxes, prepared
+from ferrum.sandbox import Kind, prepared
 from ferrum.sandbox.here import sandboxes, trial
 from ferrum.sandbox.runtimes import BASIC, Runtime, basic
 from ferrum.settings import Settings
@@ -336,23 +337,9 @@ def test_a_place_that_cannot_be_written_is_told_with_the_setting(tmp_path: Path)
 # python-data, and the command line.
 
 
-def bubblewrap() -> str:
-    """Why code cannot be run here; empty where it can."""
-
-    async def works() -> str:
-        sandboxes = Sandboxes(Kind.BUBBLEWRAP, warm=0)
-        try:
-            (probe,) = await sandboxes.probe()
-        finally:
-            await sandboxes.aclose()
-        return probe.missing
-
-    return asyncio.run(works())
-
-
 @pytest.fixture(scope="module")
 def needs_sandbox() -> None:
-    if missing := bubblewrap():
+    if missing := why_not(Kind.BUBBLEWRAP):
         pytest.skip(f"NOT TESTED: no sandbox on this machine: {missing}")
 
 

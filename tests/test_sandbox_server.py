@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 from mcp import Client
+from sandboxes import why_not
 
 from ferrum.errors import ToolError
 from ferrum.governance.acts import ToolCall
 from ferrum.mcp.router import Router
 from ferrum.mcp.servers.sandbox import Limits, main, server
 from ferrum.mcp.specs import load_servers
-from ferrum.sandbox import Kind, Sandboxes
+from ferrum.sandbox import Kind
 from ferrum.settings import Settings
 from ferrum.testing.environment import environment
 
@@ -26,15 +27,7 @@ _Ask = Callable[..., Any]
 
 @pytest.fixture(scope="module", autouse=True)
 def _isolation() -> None:
-    async def works() -> str:
-        sandboxes = Sandboxes(Kind.BUBBLEWRAP, warm=0)
-        try:
-            (probe,) = await sandboxes.probe()
-        finally:
-            await sandboxes.aclose()
-        return probe.missing
-
-    if missing := asyncio.run(works()):
+    if missing := why_not(Kind.BUBBLEWRAP):
         pytest.skip(f"NOT TESTED: no sandbox on this machine: {missing}")
 
 
