@@ -1,8 +1,9 @@
 """What a sandbox costs: cold beside a bare interpreter, warm, over a thousand jobs, and under workers that are killed.
 
-Cold is a bare subprocess of the same interpreter, and the same program in a sandbox that is made for it. Warm is the
-time to the first output of a program for which a sandbox was waiting. The machine is shared, so read the medians and
-the least.
+Cold is a sandbox that is made for a program, beside a bare subprocess of the same interpreter: as sandboxes start it
+(`-I -S`), and as everybody does, which looks for what is installed first. Warm is a program for which a sandbox was
+waiting. To the first output, and to the result with all that the program left. The machine is shared, so read the
+medians and the least.
 
     python -m bench.sandbox [--rounds N] [--jobs N]
 """
@@ -28,7 +29,7 @@ from ferrum.sandbox.runtimes import basic
 
 PROGRAM = "print('hello')"
 RUN = CodeRun(code=PROGRAM)
-#: Between two rounds, so that what was started for the next one is there.
+#: Between two rounds, so that what was started for the next one is there, and what is left of the last one is not.
 PAUSE_S = 0.3
 
 
@@ -43,17 +44,23 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"no sandbox here: {error}")
         return
     bare = [_bare() for _ in range(options.rounds)]
-    cold = asyncio.run(_cold(options.rounds))
-    _row("a bare interpreter, ms", bare)
-    _row("cold: a sandbox and its result, ms", cold, f"{statistics.median(cold) - statistics.median(bare):+.1f}")
+    _row("a bare interpreter, python -I -S, ms", bare)
+    _row("a bare interpreter, python, ms", [_bare(()) for _ in range(options.rounds)])
+    first, whole = zip(*asyncio.run(_cold(options.rounds)), strict=True)
+    _row("cold: to the first output, ms", first, bare)
+    _row("cold: to the result, ms", whole, bare)
     _row("cold: processor time beside bare, ms", asyncio.run(_processor(options.rounds)))
-    _row("warm: to the first output, ms", asyncio.run(_warm(options.rounds)))
+    first, whole = zip(*asyncio.run(_warm(options.rounds)), strict=True)
+    _row("warm: to the first output, ms", first)
+    _row("warm: to the result, ms", whole)
     asyncio.run(_memory(options.jobs))
     _kills(200)
 
 
-def _row(name: str, values: Sequence[float], note: str = "") -> None:
-    print(f"{name:<42} median {statistics.median(values):7.1f}   least {min(values):7.1f}   {note}")
+def _row(name: str, values: Sequence[float], beside: Sequence[float] = ()) -> None:
+    """`beside` is what it is more than."""
+    more = [f"{kind(values) - kind(beside):+.1f}" if beside else "" for kind in (statistics.median, min)]
+    print(f"{name:<42} median {statistics.median(values):7.1f} {more[0]:>6}   least {min(values):7.1f} {more[1]:>6}")
 
 
 async def _probe() -> None:
@@ -62,23 +69,29 @@ async def _probe() -> None:
     await sandboxes.aclose()
 
 
-def _bare() -> float:
+def _bare(flags: Sequence[str] = ("-I", "-S")) -> float:
     begun = time.perf_counter()
-    subprocess.run([basic().interpreter, "-I", "-S", "-c", PROGRAM], capture_output=True, env={}, check=True)
+    subprocess.run([basic().interpreter, *flags, "-c", PROGRAM], capture_output=True, env={}, check=True)
     return (time.perf_counter() - begun) * 1000
 
 
-async def _cold(rounds: int) -> list[float]:
+async def _cold(rounds: int) -> list[tuple[float, float]]:
     sandboxes = Sandboxes(warm=0)
     await sandboxes.probe()
     took = []
     for _ in range(rounds):
-        begun = time.perf_counter()
-        await sandboxes.run(RUN, {}, _nothing)
-        took.append((time.perf_counter() - begun) * 1000)
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(PAUSE_S)
+        took.append(await _timed(sandboxes))
     await sandboxes.aclose()
     return took
+
+
+async def _timed(sandboxes: Sandboxes) -> tuple[float, float]:
+    """Milliseconds to the first output, and to the result."""
+    begun = time.perf_counter()
+    heard: list[float] = []
+    await sandboxes.run(RUN, {}, lambda *_: heard.append(time.perf_counter() - begun))
+    return heard[0] * 1000, (time.perf_counter() - begun) * 1000
 
 
 async def _processor(rounds: int) -> list[float]:
@@ -102,16 +115,13 @@ def _used() -> float:
     return (times.children_user + times.children_system) * 1000
 
 
-async def _warm(rounds: int) -> list[float]:
+async def _warm(rounds: int) -> list[tuple[float, float]]:
     sandboxes = Sandboxes(warm=2)
     await sandboxes.prepare(RUN)
     took = []
     for _ in range(rounds):
         await asyncio.sleep(PAUSE_S)
-        begun = time.perf_counter()
-        heard: list[float] = []
-        await sandboxes.run(RUN, {}, lambda *_, begun=begun, heard=heard: heard.append(time.perf_counter() - begun))
-        took.append(heard[0] * 1000)
+        took.append(await _timed(sandboxes))
     await sandboxes.aclose()
     return took
 

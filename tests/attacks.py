@@ -159,8 +159,8 @@ return found""",
         Without(covers=True),
     ),
     # Writing where it may not.
-    *(Attack(f"write to {path}", _write_to(path), _sealed(path)) for path in ("/", "/dev", "/usr/local")),
-    Attack("write to /etc", _write_to("/etc"), _sealed("/")),
+    *(Attack(f"write to {path}", _write_to(path), _sealed("/")) for path in ("/", "/dev", "/etc")),
+    Attack("write to /usr/local", _write_to("/usr/local"), _sealed("/usr/local")),
     *([Attack("write to what is hidden", _write_to(HIDDEN), _sealed(HIDDEN))] if HIDDEN else []),
     # Other processes.
     Attack(

@@ -123,9 +123,9 @@ for _ in range(4):
         """
 import fcntl
 file = open("locked", "w")
-for at in range(0, 3000, 2):
+for at in range(40_000, 0, -2):
     fcntl.lockf(file, fcntl.LOCK_EX, 1, at)
-time.sleep(0.1)
+time.sleep(1.5)
 """,
         WhyEnded.MEMORY,
         Without(told=(("locks", 2**30),)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import os
 import random
 import select
@@ -25,7 +26,8 @@ from weakened import Weak, Without
 
 from ferrum.errors import SandboxError
 from ferrum.governance.acts import CodeReply, CodeRun, WhyEnded
-from ferrum.sandbox import Kind, Sandboxes, bubblewrap, cgroup, seccomp, wire
+from ferrum.sandbox import Kind, Sandboxes, bubblewrap, cgroup, init, seccomp, wire
+from ferrum.sandbox import user as user_of_the_host
 from ferrum.sandbox.backend import Backend, Box, Cell, Missing
 from ferrum.sandbox.bubblewrap import Bubblewrap
 from ferrum.sandbox.cgroup import Cgroups
@@ -33,6 +35,7 @@ from ferrum.sandbox.init import leads, matches
 from ferrum.sandbox.job import Job, why
 from ferrum.sandbox.life import Sandbox
 from ferrum.sandbox.runtimes import basic
+from ferrum.sandbox.user import User, borrowed
 from ferrum.settings import Settings
 
 needs_a_sandbox = pytest.mark.usefixtures("sandbox")
@@ -237,11 +240,6 @@ def test_an_output_that_nobody_could_keep_is_none(left: str, problem: str) -> No
     assert not reply.has_output
     assert len(reply.cut) == 1
     assert problem in reply.cut[0]
-
-
-@needs_a_sandbox
-def test_a_machine_without_setpriv_is_as_good() -> None:
-    assert weakened.run(CodeRun(code="import os; print(os.getuid())"), Without(by_python=True)).stdout == "65534\n"
 
 
 # Why it ended.
@@ -777,6 +775,68 @@ def test_what_is_made_reachable_for_sandboxes_is_not_for_others() -> None:
     # Others may mount what they like meanwhile, but not there.
     assert basic().interpreter not in mounts()
     assert f" {Path.home()} " not in mounts()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_only_the_thread_that_starts_a_sandbox_is_somebody_else_and_only_meanwhile() -> None:
+    user = User.take()
+    assert user is not None
+    mine = os.getresuid(), os.getresgid(), os.getgroups()
+    with borrowed(user):
+        assert (os.getresuid(), os.getresgid(), os.getgroups()) == (
+            (user.uid, user.uid, 0),
+            (user.uid, user.uid, 0),
+            [],
+        )
+        threads = [Path(f"/proc/self/task/{thread}/status").read_text() for thread in listed("/proc/self/task")]
+        assert [f"\nUid:\t{user.uid}\t" in status for status in threads].count(True) == 1
+        program = subprocess.run(["/usr/bin/grep", "^[UG]id", "/proc/self/status"], capture_output=True, check=True)
+        assert program.stdout.split() == [b"Uid:", *[b"%d" % user.uid] * 4, b"Gid:", *[b"%d" % user.uid] * 4]
+    assert (os.getresuid(), os.getresgid(), os.getgroups()) == mine
+    user.release()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_root_that_may_not_be_somebody_else_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    libc, asked = user_of_the_host.libc, itertools.count()
+
+    def refuse_the_third(name: str, *arguments: object) -> None:
+        if next(asked) == 2:
+            raise PermissionError(1, "Operation not permitted")
+        libc(name, *arguments)
+
+    monkeypatch.setattr(user_of_the_host, "libc", refuse_the_third)
+    user = User.take()
+    assert user is not None
+    mine = os.getresuid(), os.getresgid(), os.getgroups()
+    with pytest.raises(Missing, match="CAP_SETUID and CAP_SETGID"), borrowed(user):
+        pytest.fail("that is nobody")
+    assert (os.getresuid(), os.getresgid(), os.getgroups()) == mine
+    user.release()
+
+
+def test_locks_are_counted_each_second_and_when_there_may_be_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, kernel, counted = 0.0, 50_000, 0
+
+    def read(path: str) -> bytes:
+        nonlocal counted
+        if path == "/proc/meminfo":
+            return f"MemTotal: 1 kB\nSUnreclaim: {kernel} kB\n".encode()
+        counted += 1
+        return b"1: POSIX  ADVISORY  WRITE 1 00:01:1 0 0\n" * 513
+
+    monkeypatch.setattr(init, "_read", read)
+    monkeypatch.setattr(init, "monotonic", lambda: now)
+    few, many = init._Locks(513), init._Locks(512)
+    # When it looks, what the kernel has then, and whether it counts: what was given back may have been taken again.
+    for now, kernel, counts in (  # noqa: B007
+        (0.25, 52_047, False), (0.5, 52_048, True), (0.75, 40_000, False), (1.0, 42_048, True), (1.25, 42_048, False),
+        (1.75, 44_095, False), (2.0, 44_095, True),
+    ):  # fmt: skip
+        assert many.too_many() == counts
+        assert not few.too_many()
+        assert counted == 2 * counts
+        counted = 0
 
 
 @needs_a_sandbox

@@ -10,7 +10,7 @@ import os
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -59,8 +59,6 @@ class Without:
     environment: bool = False
     #: The user that a root worker's sandboxes have.
     user: bool = False
-    #: The program that a root worker becomes another user with; Python does it then.
-    by_python: bool = False
     #: What was installed for the interpreter is seen.
     hidden: bool = False
 
@@ -82,9 +80,6 @@ class Weak(Bubblewrap):
             assert at is not None, f"bwrap is not given {old}"
             arguments[at : at + len(old)] = new
         return arguments
-
-    def lowered(self, uid: int) -> list[str]:
-        return [] if self._without.user or self._without.by_python else super().lowered(uid)
 
     def devices(self) -> list[str]:
         return ["--dev", "/dev"] if self._without.devices else super().devices()
@@ -116,15 +111,13 @@ def taken_out(without: Without) -> Iterator[None]:
             patches.enter_context(mock.patch.object(bubblewrap, "_unconfined", return_value=""))
         if without.covers:
             patches.enter_context(mock.patch.object(bubblewrap, "TELLING", ()))
-        if without.environment or without.user:
+        if without.user:
+            patches.enter_context(mock.patch.object(bubblewrap, "borrowed", nullcontext))
+        if without.environment:
             real = subprocess.Popen
 
             def popen(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
-                if without.environment:
-                    options["env"] = None
-                if without.user:
-                    options |= {"user": None, "group": None, "extra_groups": None}
-                return real(*arguments, **options)
+                return real(*arguments, **{**options, "env": None})
 
             patches.enter_context(mock.patch.object(bubblewrap.subprocess, "Popen", popen))
         yield

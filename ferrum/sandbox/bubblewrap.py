@@ -19,7 +19,6 @@ import resource
 import select
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -34,12 +33,10 @@ from ferrum.sandbox.cgroup import Cgroup, Cgroups
 from ferrum.sandbox.init import WRITABLE
 from ferrum.sandbox.reach import Reach
 from ferrum.sandbox.runtimes import Runtime
+from ferrum.sandbox.user import User, borrowed
 
 #: Inside everyone is nobody.
 NOBODY = 65534
-#: Where the worker is root, each sandbox has a user of its own, from here on: the kernel counts processes by user.
-FIRST_USER = 60001
-_USERS = 512
 
 _NEEDED = (0, 8)
 _INSTALL = "apt install bubblewrap (Debian 12, Ubuntu 24.04), dnf install bubblewrap, apk add bubblewrap"
@@ -77,6 +74,8 @@ class Bubblewrap(Backend):
         self._cgroups = Cgroups.find() if cgroups is None else cgroups
         self._reach = Reach()
         self._cores = Cores()
+        #: The flags of what is seen read-only, which are the same each time.
+        self._seen: dict[Runtime, list[str]] = {}
 
     def check(self) -> None:
         if sys.platform != "linux":
@@ -99,7 +98,7 @@ class Bubblewrap(Backend):
             os.sched_setaffinity(0, cores)
         # What is the sandbox's from now on, and what only its start needs.
         with ExitStack() as kept, ExitStack() as closing:
-            user = User.take() if os.geteuid() == 0 else None
+            user = User.take()
             if user is not None:
                 kept.callback(user.release)
                 outside = (path for path, _ in box.runtime.placed)
@@ -117,14 +116,12 @@ class Bubblewrap(Backend):
                 kept.callback(os.close, descriptor)
             for descriptor in (to_init, from_init, errors_end):
                 closing.callback(os.close, descriptor)
-            # Never with the host's uid 0 inside: it may write to files of /proc, and limits do not hold it.
-            lowered = [] if user is None else self.lowered(user.uid)
-            uid = None if user is None or lowered else user.uid
             bwrap = [self._executable(), *self.arguments(box, files, info), "--"]
             try:
-                with _no_core_dumps():
+                # Never with the host's uid 0 inside: it may write to files of /proc, and limits do not hold it.
+                with borrowed(user), _no_core_dumps():
                     process = subprocess.Popen(  # noqa: S603
-                        [*lowered, *bwrap, *program.command(box.runtime)],
+                        [*bwrap, *program.command(box.runtime)],
                         # `--clearenv` is for what runs inside; this is for what can be read of bwrap itself.
                         env={},
                         stdin=to_init,
@@ -133,32 +130,19 @@ class Bubblewrap(Backend):
                         pass_fds=(info, *files.descriptors),
                         cwd="/",
                         start_new_session=True,
-                        user=uid,
-                        group=uid,
-                        extra_groups=None if uid is None else [],
                     )
             except (OSError, subprocess.SubprocessError) as error:
                 raise Missing(f"bwrap cannot be started: {error}") from error
             kept.pop_all()
         return _Cell(process, _Ends(stdin, stdout, info, errors), cores, user, cgroup)
 
-    def lowered(self, uid: int) -> list[str]:
-        """What a command of root's begins with to run as another user; empty where this machine has no such program.
-
-        Python can do that too, but then it copies the tables of all of the worker's memory first: 20 ms for 300 MB.
-        """
-        setpriv = shutil.which("setpriv")
-        return [setpriv, f"--reuid={uid}", f"--regid={uid}", "--clear-groups"] if setpriv else []
-
     def arguments(self, box: Box, files: _Files, info: int) -> list[str]:
         """The flags, in order: a later mount covers an earlier one."""
         return [
             *self.namespaces(),
             *self.privileges(),
-            *self.system(box.runtime),
+            *self.seen(box.runtime),
             *self.etc(files),
-            *self.proc(),
-            *self.devices(),
             *self.writable(box.disk),
             *self.sealed(box.runtime),
             *self.filter(files),
@@ -183,6 +167,11 @@ class Bubblewrap(Backend):
 
     def privileges(self) -> list[str]:
         return ["--clearenv", "--uid", str(NOBODY), "--gid", str(NOBODY), "--cap-drop", "ALL"]
+
+    def seen(self, runtime: Runtime) -> list[str]:
+        if runtime not in self._seen:
+            self._seen[runtime] = [*self.system(runtime), *self.proc(), *self.devices()]
+        return self._seen[runtime]
 
     def system(self, runtime: Runtime) -> list[str]:
         arguments = ["--ro-bind", "/usr", "/usr"]
@@ -225,7 +214,7 @@ class Bubblewrap(Backend):
 
     def devices(self) -> list[str]:
         # Not `--dev`: that brings a pseudo terminal along.
-        arguments = ["--tmpfs", "/dev"]
+        arguments = []
         for name in _DEVICES:
             arguments += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
         for name, target in (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")):
@@ -241,7 +230,7 @@ class Bubblewrap(Backend):
     def sealed(self, runtime: Runtime) -> list[str]:
         """Last: all these are file systems in memory that have no size, made for mount points to stand in."""
         arguments = []
-        for path in (*runtime.hidden, "/usr/local", "/dev", "/"):
+        for path in (*runtime.hidden, "/usr/local", "/"):
             arguments += ["--remount-ro", path]
         return arguments
 
@@ -291,30 +280,6 @@ class _Files:
         os.lseek(descriptor, 0, os.SEEK_SET)
         self.descriptors.append(descriptor)
         return descriptor
-
-
-class User:
-    """A user of the host that no other sandbox of this machine has at the same time."""
-
-    def __init__(self, uid: int, lock: socket.socket) -> None:
-        self.uid = uid
-        self._lock = lock
-
-    @classmethod
-    def take(cls) -> User:
-        for uid in range(FIRST_USER, FIRST_USER + _USERS):
-            lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            try:
-                # A name that the kernel lets go of when its holder dies, and no file.
-                lock.bind(f"\0ferrum-sandbox-{uid}")
-            except OSError:
-                lock.close()
-                continue
-            return cls(uid, lock)
-        raise Missing(f"{_USERS} sandboxes run on this machine at the same time already: wait, or use more machines")
-
-    def release(self) -> None:
-        self._lock.close()
 
 
 @contextmanager

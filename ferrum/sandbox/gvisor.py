@@ -22,9 +22,10 @@ from pydantic import JsonValue
 
 from ferrum.sandbox import program, seccomp, skeleton
 from ferrum.sandbox.backend import Backend, Box, Cell, Kind, MemoryBy, Missing, Unconfined
-from ferrum.sandbox.bubblewrap import NOBODY, Cores, User
+from ferrum.sandbox.bubblewrap import NOBODY, Cores
 from ferrum.sandbox.held import Holder, loose, shared, status
 from ferrum.sandbox.reach import Reach
+from ferrum.sandbox.user import User, borrowed
 
 _INSTALL = "apt install runsc (Debian 12 and newer), or https://gvisor.dev/docs/user_guide/install"
 _PATIENCE_S = 5.0
@@ -68,13 +69,14 @@ class GVisor(Backend):
         state.mkdir(mode=0o700)
         command = [runsc, *self.flags(state), "run", "--bundle", str(bundle), name]
         with ExitStack() as undo:
-            user = User.take() if os.geteuid() == 0 else None
+            user = User.take()
             if user is not None:
                 undo.callback(user.release)
                 os.chown(state, user.uid, user.uid)
                 placed = (path for path, _ in box.runtime.placed)
                 self._reach.make((runsc, *box.runtime.mounts, *placed), user.uid)
-            holder = Holder.start(command, {}, None if user is None else user.uid)
+            with borrowed(user):
+                holder = Holder.start(command, {})
             undo.pop_all()
         return _Cell(holder, user, bundle)
 

@@ -27,8 +27,8 @@ class Holder:
     _said: str = ""
 
     @classmethod
-    def start(cls, command: Sequence[str], env: Mapping[str, str], uid: int | None = None) -> Holder:
-        """Start a program, as another user where one is given. Raises `Missing` where that cannot be."""
+    def start(cls, command: Sequence[str], env: Mapping[str, str]) -> Holder:
+        """Start a program. Raises `Missing` where that cannot be."""
         to_init, stdin = os.pipe()
         stdout, from_init = os.pipe()
         errors, errors_end = os.pipe()
@@ -41,9 +41,6 @@ class Holder:
                 stderr=errors_end,
                 cwd="/",
                 start_new_session=True,
-                user=uid,
-                group=uid,
-                extra_groups=None if uid is None else [],
             )
         except (OSError, subprocess.SubprocessError) as error:
             for descriptor in (stdin, stdout, errors):

@@ -1,8 +1,8 @@
 """PID 1 of every sandbox: writes the inputs, runs the job in a child, watches it, ends it, collects what it left.
 
 It comes in through stdin (see `program.py`), so there is nothing of ferrum's inside but what it is made of: this file
-and `wire.py`. Only built-in and small modules are imported, and no `re`, `json` or `signal`: each costs every sandbox
-its time.
+and `wire.py`. Only built-in and small modules are imported, and no `os`, `re`, `json` or `signal`: each costs every
+sandbox its time.
 
 What keeps the job from forging a result: the only way to the host is the two descriptors of the wire, which the child
 closes before anything but ours runs in it; PID 1 is not dumpable, so no process inside can look into its memory or
@@ -14,13 +14,14 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]
 import _sitebuiltins
 import builtins
+import gc
 import marshal
-import os
+
+# What of `os` is used here is there too, without the millisecond that importing that takes.
+import posix as os
 import select
 import sys
-from _json import encode_basestring_ascii
 from _stat import S_ISDIR, S_ISREG
-from resource import RLIMIT_CORE, setrlimit
 from time import monotonic, sleep
 
 from ferrum.sandbox import wire
@@ -41,7 +42,7 @@ _PR_SET_DUMPABLE = 4
 _PR_SET_SECCOMP = 22
 _NICE = 5
 _NOBODY = 65534
-_MAY_FAIL = (RLIMIT_CORE, 11, 12)  # RLIMIT_SIGPENDING, RLIMIT_MSGQUEUE
+_MAY_FAIL = (4, 11, 12)  # RLIMIT_CORE, RLIMIT_SIGPENDING, RLIMIT_MSGQUEUE
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _MOST_REFUSED = 100
 _LOOKS = 3
@@ -75,7 +76,6 @@ def main() -> Callable[[], object]:
     _prctl(_PR_SET_PDEATHSIG, _signal.SIGKILL)
     host = _Host()
     try:
-        host.send(wire.UP)
         prepare = host.expect(wire.PREPARE)
         child = _Child.fork(prepare)
         if child is None:
@@ -291,6 +291,8 @@ class _Child:
     def fork(cls, prepare: dict[str, Any]) -> _Child | None:
         """Returns `None` in the child, where `_Child.job` waits for its job."""
         child = cls()
+        # What is there by now is never garbage. To look for that at its end the child would have to copy all of it.
+        gc.freeze()
         child.pid = os.fork()
         if child.pid == 0:
             child._become(prepare)
@@ -342,18 +344,20 @@ class _Child:
         for number in (_signal.SIGTERM, _signal.SIGHUP):
             _signal.signal(number, _signal.SIG_DFL)
         # The kernel should rather end this than PID 1 when memory runs out, and PID 1 should never wait for it.
-        with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")
+        with suppress(OSError):
+            file = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
+            os.write(file, b"1000")
+            os.close(file)
         os.nice(_NICE)
         if prepare["apart"]:
             os.setresgid(_NOBODY, _NOBODY, _NOBODY)
             os.setresuid(_NOBODY, _NOBODY, _NOBODY)
         if prepare["filter"]:
             _filter_calls(prepare["filter"])
-        os.environ.update(prepare["env"])
+        _set_environment(prepare["env"])
         sys.path.extend(prepare["paths"])
         for path, target in prepare["links"]:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            _make_directories_above(path)
             os.symlink(target, path)
         missing = []
         for name in prepare["warm"]:
@@ -380,28 +384,45 @@ def _received(descriptor: int) -> dict[str, Any]:
 
 def _run(job: dict[str, Any]) -> None:
     """Become the job."""
+    from resource import setrlimit
+
     for limit, value in job["limits"].items():
         # One is set already where nobody in here may set it; two are for show in gVisor, whose memory they would be.
         with suppress(*((OSError, ValueError) if limit in _MAY_FAIL else ())):
             setrlimit(limit, (value, value))
     os.umask(0o022)
     os.chdir(JOB)
-    os.environ.clear()
-    os.environ.update(job["env"])
+    _set_environment(job["env"])
     if job["programs"]:
         _execute(job["programs"], job["arguments"])
     _run_python(job["code"])
 
 
+def _set_environment(variables: dict[str, str]) -> None:
+    """What `os.environ` is to be, whether it is there by now or made later, of what is in `posix`."""
+    if "os" in sys.modules:
+        sys.modules["os"].environ.clear()
+        sys.modules["os"].environ.update(variables)
+    for old in os.environ:
+        os.unsetenv(old)
+    os.environ.clear()
+    for name, value in variables.items():
+        pair = name.encode(errors="surrogateescape"), value.encode(errors="surrogateescape")
+        os.environ[pair[0]] = pair[1]
+        os.putenv(*pair)
+
+
 def _execute(programs: list[str], arguments: list[str]) -> None:
     """Become the first of these programs that is there."""
+    from os import execvp
+
     # Python ignores these for itself; a program expects what every other process has.
     for number in (_signal.SIGPIPE, _signal.SIGXFSZ):
         _signal.signal(number, _signal.SIG_DFL)
     code = 127
     for program in programs:
         try:
-            os.execvp(program, [program, *arguments])
+            execvp(program, [program, *arguments])
         except OSError as error:
             code = 126 if isinstance(error, PermissionError) else 127
             said = f"{program}: {error.strerror}\n"
@@ -453,6 +474,7 @@ class _Watch:
         #: Whether its files were ever as full as they may be.
         self._full = False
         self._areas = _areas()
+        self._locks = _Locks(job["locks"])
 
     def until_it_ends(self) -> dict[str, object]:
         """How it ended: `exit` or `signal` if by itself, else `why` it has to be killed now."""
@@ -462,7 +484,8 @@ class _Watch:
         _signal.set_wakeup_fd(alarm, warn_on_full_buffer=False)
         _signal.signal(_signal.SIGCHLD, lambda *_: None)
         status, why = None, ""
-        looked = 0.0
+        # Not at once: the job has the processor first.
+        looked = monotonic()
         while True:
             status = self._reap()
             if monotonic() - looked >= TICK_S or status is not None:
@@ -505,11 +528,13 @@ class _Watch:
         found = None
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status, used = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
                 return found
             if pid == 0:
                 return found
+            # One that was quick may never have been looked at.
+            self._peak = max(self._peak, used.ru_maxrss * 1024)
             if pid == self._child.pid:
                 found = status
 
@@ -528,7 +553,7 @@ class _Watch:
             memory = self._memory()
         else:
             return "memory"
-        if _sockets() > self._job["sockets"] or _locks() > self._job["locks"]:
+        if _sockets() > self._job["sockets"] or self._locks.too_many():
             return "memory"
         threads = sum(_usage(pid)[1] for pid in _processes())
         if threads > self._job["processes"]:
@@ -618,11 +643,37 @@ def _sockets() -> int:
     return 0
 
 
-def _locks() -> int:
-    """How many locks on ranges of files there are: the same, and no limit of the kernel counts them."""
-    with suppress(OSError):
-        return _read("/proc/locks").count(b"POSIX")
-    return 0
+class _Locks:
+    """Locks on ranges of files: the same, and no limit of the kernel counts them.
+
+    Counting them makes the kernel wait until each of its processors has done something else (`synchronize_rcu`), which
+    takes 5 to 20 ms. So it is done once a second, and when the kernel has taken memory that could be for locks.
+    """
+
+    _EACH_S = 1.0
+    #: Some 10,000 of them.
+    _GROWN = 2 * 2**20
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._counted = monotonic()
+        self._kernel = self._of_the_kernel()
+
+    def too_many(self) -> bool:
+        kernel = self._of_the_kernel()
+        if kernel < self._kernel + self._GROWN and monotonic() - self._counted < self._EACH_S:
+            self._kernel = min(kernel, self._kernel)
+            return False
+        self._counted, self._kernel = monotonic(), kernel
+        with suppress(OSError):
+            return _read("/proc/locks").count(b"POSIX") > self._most
+        return False
+
+    def _of_the_kernel(self) -> int:
+        """Bytes that the kernel has taken for what it cannot give back."""
+        with suppress(OSError):
+            return 1024 * _number(_read("/proc/meminfo"), b"SUnreclaim:")
+        return 0
 
 
 class _Collect:
@@ -740,8 +791,15 @@ def _same(name: str, pattern: str) -> bool:
 def _create(path: str) -> int:
     """A new file of the job's, with the directories above it."""
     whole = f"{JOB}/{path}"
-    os.makedirs(whole.rpartition("/")[0], exist_ok=True)
+    _make_directories_above(whole)
     return os.open(whole, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+
+
+def _make_directories_above(path: str) -> None:
+    parts = path.split("/")
+    for count in range(2, len(parts)):
+        with suppress(FileExistsError):
+            os.mkdir("/".join(parts[:count]))
 
 
 def _write_all(descriptor: int, data: bytes | bytearray) -> None:
@@ -769,7 +827,11 @@ def _json(value: object) -> bytes:
     if isinstance(value, list):
         return b"[" + b",".join(_json(one) for one in value) + b"]"
     if isinstance(value, str):
-        return encode_basestring_ascii(value).encode()
+        return b'"' + "".join(map(_escaped, value)).encode() + b'"'
     if isinstance(value, bool):
         return b"true" if value else b"false"
     return repr(value).encode()
+
+
+def _escaped(letter: str) -> str:
+    return f"\\u{ord(letter):04x}" if letter < " " or letter in '"\\' else letter

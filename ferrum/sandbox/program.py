@@ -11,14 +11,17 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+from ferrum.sandbox import wire
 from ferrum.sandbox.runtimes import Runtime, basic
 
 #: Compiled code is for one version of Python only: another one, in a container's image, compiles the source.
-_BOOT = """\
+#: It is up before it is complete: the host looks at it from outside meanwhile.
+_BOOT = f"""\
 import sys
 from marshal import loads
-from posix import read
+from posix import read, write
 from _frozen_importlib_external import MAGIC_NUMBER
+write(1, {wire.frame(wire.UP)!r})
 def take(size):
     data = b""
     while len(data) < size:

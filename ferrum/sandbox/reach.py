@@ -17,6 +17,7 @@ from pathlib import Path
 from ferrum.sandbox.backend import Missing
 
 _CLONE_NEWNS = 0x20000
+_LIBC = ctypes.CDLL(None, use_errno=True)
 _MS_BIND, _MS_REC, _MS_SLAVE = 0x1000, 0x4000, 0x80000
 
 
@@ -41,7 +42,7 @@ class Reach:
     def _open(self, closed: Path, path: Path, uid: int) -> None:
         try:
             if not self._covered:
-                _libc("unshare", _CLONE_NEWNS)
+                libc("unshare", _CLONE_NEWNS)
                 # What is mounted on the machine later is seen here too, but nothing of ours there.
                 _mount("none", "/", "", _MS_REC | _MS_SLAVE)
             if closed not in self._covered:
@@ -76,11 +77,11 @@ def _place(path: Path, is_directory: bool) -> None:
 
 
 def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
-    _libc("mount", source.encode(), target.encode(), kind.encode() or None, flags, data.encode() or None)
+    libc("mount", source.encode(), target.encode(), kind.encode() or None, flags, data.encode() or None)
 
 
-def _libc(name: str, *arguments: object) -> None:
-    library = ctypes.CDLL(None, use_errno=True)
-    if getattr(library, name)(*arguments) != 0:
+def libc(name: str, *arguments: object) -> None:
+    """Call a function of the C library; raises `OSError` for what it returns but 0."""
+    if getattr(_LIBC, name)(*arguments) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")

@@ -4,8 +4,8 @@ This file runs on both sides. Inside there is nothing but the standard library, 
 time, so this uses built-in modules only.
 
 The host sends `PREPARE`, then for each input file a `FILE` and its `DATA`, then `JOB`, of which an empty one is the
-last; closing its end ends the sandbox. PID 1 sends `UP` as soon as nobody inside can look into it (the host checks it
-from outside before it sends anything), `READY` when a job may come, `STDOUT` and `STDERR` as they come, `END` with how
+last; closing its end ends the sandbox. PID 1 sends `UP` as soon as it runs (the host checks it from outside before it
+sends anything of a job), `READY` when a job may come, `STDOUT` and `STDERR` as they come, `END` with how
 it ended, for each output file a `FILE` and its `DATA`, and `DONE`. The host trusts PID 1 no further than that:
 everything is checked again.
 """
