@@ -19,7 +19,6 @@ import marshal
 
 # What of `os` is used here is there too, without the millisecond that importing that takes.
 import posix as os
-import select
 import sys
 from _stat import S_ISDIR, S_ISREG
 from time import monotonic, sleep
@@ -42,6 +41,7 @@ _PR_SET_DUMPABLE = 4
 _PR_SET_SECCOMP = 22
 _NICE = 5
 _NOBODY = 65534
+_CAN_READ, _CAN_WRITE = 1, 4
 _MAY_FAIL = (4, 11, 12)  # RLIMIT_CORE, RLIMIT_SIGPENDING, RLIMIT_MSGQUEUE
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _MOST_REFUSED = 100
@@ -124,12 +124,16 @@ def _filter_calls(program: bytes) -> None:
 
 
 def _prctl(option: int, value: int, pointer: bytes | int = 0) -> None:
-    # What `ctypes` does, without the 3 ms that importing it takes.
+    if _libc("prctl", option, value, pointer, 0, 0) != 0:
+        raise SystemExit("prctl failed")
+
+
+def _libc(name: str, *arguments: bytes | int) -> int:
+    """Call a function of the C library: what `ctypes` does, without the 3 ms that importing it takes."""
     import _ctypes
 
-    program = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]
-    if _ctypes.call_function(_ctypes.dlsym(program, "prctl"), (option, value, pointer, 0, 0)) != 0:
-        raise SystemExit("prctl failed")
+    result: int = _ctypes.call_function(_ctypes.dlsym(_ctypes.dlopen(None, 0), name), arguments)  # type: ignore[arg-type]
+    return result
 
 
 def kill_all() -> None:
@@ -145,6 +149,17 @@ def kill_all() -> None:
         except ChildProcessError:
             return
         sleep(0.0005)
+
+
+def _ready(waited_for: dict[int, int], timeout_s: float | None = None) -> list[int]:
+    """Which of these descriptors can be read or written, or have ended, once one can."""
+    # Not before the child is there, which has no use for it.
+    from select import poll
+
+    events = poll()
+    for descriptor, event in waited_for.items():
+        events.register(descriptor, event)
+    return [descriptor for descriptor, _ in events.poll(timeout_s and timeout_s * 1000)]
 
 
 class _Host:
@@ -217,9 +232,7 @@ class _Host:
         """Send now."""
         self.say(kind, body)
         while self._pending:
-            poll = select.poll()
-            poll.register(self._out, select.POLLOUT)
-            poll.poll()
+            _ready({self._out: _CAN_WRITE})
             self.flush()
 
     def tell_all(self, child: _Child, job: dict[str, Any], ended: dict[str, object]) -> None:
@@ -303,14 +316,10 @@ class _Child:
 
     def wait_until_ready(self, host: _Host) -> bytes:
         """Wait for its imports; returns what could not be imported, one a line."""
-        poll = select.poll()
-        poll.register(self._ready_read, select.POLLIN)
-        # The end of the wire only: what comes through it is for later.
-        poll.register(host.descriptors[0], 0)
         said = b""
         while True:
-            events = dict(poll.poll())
-            if self._ready_read not in events:
+            # The end of the wire only: what comes through it is for later.
+            if self._ready_read not in _ready({self._ready_read: _CAN_READ, host.descriptors[0]: 0}):
                 raise _Gone
             data = os.read(self._ready_read, _CHUNK)
             if not data:
@@ -384,12 +393,10 @@ def _received(descriptor: int) -> dict[str, Any]:
 
 def _run(job: dict[str, Any]) -> None:
     """Become the job."""
-    from resource import setrlimit
-
     for limit, value in job["limits"].items():
         # One is set already where nobody in here may set it; two are for show in gVisor, whose memory they would be.
-        with suppress(*((OSError, ValueError) if limit in _MAY_FAIL else ())):
-            setrlimit(limit, (value, value))
+        if _libc("setrlimit", limit, value.to_bytes(8, sys.byteorder) * 2) != 0 and limit not in _MAY_FAIL:
+            raise SystemExit(f"limit {limit} cannot be {value}")
     os.umask(0o022)
     os.chdir(JOB)
     _set_environment(job["env"])
@@ -504,15 +511,11 @@ class _Watch:
     def _wait(self, wake: int) -> None:
         """Pass on what is said, until something happens or it is time to look again."""
         host_in, host_out = self._host.descriptors
-        poll = select.poll()
-        poll.register(host_in, select.POLLIN)
-        poll.register(wake, select.POLLIN)
-        if self._host.waiting:
-            poll.register(host_out, select.POLLOUT)
         streams = {stream.read_end: stream for stream in self._child.streams if stream.open}
-        for descriptor in streams:
-            poll.register(descriptor, select.POLLIN)
-        for descriptor, _ in poll.poll(TICK_S * 1000):
+        waited_for = dict.fromkeys((host_in, wake, *streams), _CAN_READ)
+        if self._host.waiting:
+            waited_for[host_out] = _CAN_WRITE
+        for descriptor in _ready(waited_for, TICK_S):
             if descriptor in streams:
                 streams[descriptor].pump(self._host)
             elif descriptor == wake:

@@ -66,7 +66,11 @@ def sources() -> dict[str, str]:
 def packed(modules: Mapping[str, str], *, with_sources: bool) -> bytes:
     """Modules as PID 1 wants to be sent them. What is compiled here is of use only to the same version of Python."""
     compiled = [
-        (name, marshal.dumps(compile(source, name, "exec", dont_inherit=True)), source if with_sources else "")
+        (
+            name,
+            marshal.dumps(compile(source, name, "exec", dont_inherit=True, optimize=2)),
+            source if with_sources else "",
+        )
         for name, source in modules.items()
     ]
     # Version 2 of the format is read by every Python 3.
