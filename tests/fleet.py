@@ -1,4 +1,4 @@
-"""Real workers for tests: `celery -A ferrum worker` processes on the test's own Redis."""
+"""Real workers for tests, each a process, on the test's own Redis."""
 
 from __future__ import annotations
 
@@ -61,13 +61,15 @@ class Fleet:
             **(environ or {}),
         }
 
-    def start(self, *options: str, **environ: str) -> subprocess.Popen[bytes]:
+    def start(
+        self, *options: str, command: tuple[str, ...] = ("ferrum.start_worker",), **environ: str
+    ) -> subprocess.Popen[bytes]:
         """Start a worker and wait until it is ready; its log is in `<home>/worker-N.log`."""
         before = set(ferrum.runs.record().workers())
         log = self.log(len(self.workers))
         with log.open("wb") as out:
             worker = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "celery", "-A", "ferrum", "worker", "-l", "info", *options],
+                [sys.executable, "-W", "ignore", "-m", *command, "-l", "info", *options],
                 env={**self.environ, **environ},
                 cwd=self.home,
                 stdout=out,

@@ -359,7 +359,7 @@ def test_who_follows_a_run_brings_back_the_redis_and_the_worker_that_died_under_
         (supervisor,) = [one for one in processes.of(tmp_path) if "ferrum.local.supervisor" in one]
         os.kill(int(supervisor.split()[0]), signal.SIGKILL)
         eventually(lambda: not any("ferrum.local.supervisor" in one for one in processes.of(tmp_path)))
-        eventually(lambda: any("celery" in one for one in processes.of(tmp_path)))
+        eventually(lambda: any("start_worker" in one for one in processes.of(tmp_path)))
         eventually(lambda: called(home, "approvals", "approve", run_id).returncode == 0)
         out, err = run.communicate(timeout=PATIENCE_S)
     assert (run.returncode, err) == (0, "")

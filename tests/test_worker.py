@@ -15,6 +15,9 @@ from fleet import PATIENCE_S, Fleet, assert_events_agree, effects, ended, eventu
 import ferrum
 from ferrum.results import RunStatus
 
+#: As people start them; what ferrum starts itself loads less, and so do workers of other tests.
+BY_CELERY = ("celery", "-A", "ferrum", "worker")
+
 
 @pytest.fixture
 def fleet(clean_redis: str, tmp_path: Path) -> Iterator[Fleet]:
@@ -57,7 +60,7 @@ def _pid(event: Any) -> int:
 def test_a_stopping_worker_lets_a_short_step_finish(fleet: Fleet, redis_url: str, tmp_path: Path) -> None:
     log = tmp_path / "began"
     steps = {"a": {"type": "task", "task": "user.sleep", "input": {"seconds": 0.5, "log": str(log)}}}
-    worker = fleet.start()
+    worker = fleet.start(command=BY_CELERY)
     run_id = ferrum.submit({"name": "x", "steps": steps})
     eventually(log.exists)
     worker.send_signal(signal.SIGTERM)
@@ -69,8 +72,8 @@ def test_a_stopping_worker_lets_a_short_step_finish(fleet: Fleet, redis_url: str
 
 def test_queues_shape_a_fleet_and_a_prefork_pool_runs_steps_too(fleet: Fleet, redis_url: str, tmp_path: Path) -> None:
     # Celery takes `--pool prefork` for its own default, which our celeryconfig replaces; `processes` is the same pool.
-    prefork = fleet.start("--pool", "processes", "-c", "2", "-Q", "ferrum.task")
-    threads = fleet.start("-Q", "ferrum.tool")
+    prefork = fleet.start("--pool", "processes", "-c", "2", "-Q", "ferrum.task", command=BY_CELERY)
+    threads = fleet.start("-Q", "ferrum.tool", command=BY_CELERY)
     steps: dict[str, Any] = {
         "a": {"type": "task", "task": "user.echo", "input": {"value": 1}},
         "b": {"type": "tool", "tool": "effects.append", "input": {"text": "b{{ a }}"}},
@@ -89,7 +92,7 @@ def test_queues_shape_a_fleet_and_a_prefork_pool_runs_steps_too(fleet: Fleet, re
 def _refused(fleet: Fleet, **environ: str) -> str:
     """What a worker says that does not start."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "celery", "-A", "ferrum", "worker"],
+        [sys.executable, "-W", "ignore", "-m", *BY_CELERY],
         env={**fleet.environ, **environ}, cwd=fleet.home, capture_output=True, text=True, timeout=PATIENCE_S,
         check=False,
     )  # fmt: skip

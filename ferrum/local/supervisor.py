@@ -27,7 +27,7 @@ from ferrum.local.redis import PrivateRedis, alive, answers, running
 from ferrum.settings import Settings, read
 
 #: Run with the supervisor's own interpreter.
-WORKER = ("-m", "celery", "-A", "ferrum", "worker")
+WORKER = ("-m", "ferrum.start_worker")
 
 #: How long a worker waits for work where `FERRUM_EXIT_WHEN_IDLE` does not say.
 _IDLE_S = 600.0

@@ -30,7 +30,7 @@ _numbers = itertools.count(1)
 
 
 class WorkerProcess(CeleryWorkerContainer):  # type: ignore[misc] # pytest-celery is untyped
-    """`celery -A ferrum worker` as a child process, which on Linux dies with the thread that started it."""
+    """What `celery -A ferrum worker` is, as a child process, which on Linux dies with the thread that started it."""
 
     def __init__(self, directory: Path, options: tuple[str, ...]) -> None:
         # Not the parent's, which wants a container of Docker's.
@@ -40,7 +40,7 @@ class WorkerProcess(CeleryWorkerContainer):  # type: ignore[misc] # pytest-celer
         self._process = self._spawn()
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "celery", "-A", "ferrum", "worker", "-l", self.log_level()]
+        command = [sys.executable, "-m", "ferrum.start_worker", "-l", self.log_level()]
         log = open_log(self._log)
         self._begins = os.fstat(log).st_size
         try:
