@@ -22,7 +22,7 @@ from pydantic import JsonValue
 from ferrum.errors import ToolError
 from ferrum.governance.acts import ToolCall
 from ferrum.mcp.router import Router
-from ferrum.mcp.session import ConnectionLost, Session
+from ferrum.mcp.session import ConnectionLost, Session, _fits
 from ferrum.mcp.specs import ServerSpec, load_servers
 from ferrum.settings import Settings
 
@@ -207,6 +207,24 @@ def test_an_error_of_a_tool_is_a_tool_error_that_may_be_tried_again(tmp_path: Pa
             return caught.value
 
     assert asyncio.run(story()).retry
+
+
+def test_arguments_that_are_not_what_a_tool_asks_for_are_refused_once_and_for_all(tmp_path: Path) -> None:
+    async def story() -> ToolError:
+        async with _router(fx=_effects(tmp_path / "log")) as router:
+            with pytest.raises(ToolError, match=r"^fx.append: .*\n?text\n.*Field required") as caught:
+                await _call(router, "fx.append", txt="x")
+            return caught.value
+
+    assert not asyncio.run(story()).retry
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"type": "strin"}, {"$ref": "https://nowhere.invalid/schema"}, {"properties": {"text": {"pattern": "("}}}, {}],
+)
+def test_a_schema_that_says_nothing_refuses_nothing(schema: dict[str, JsonValue]) -> None:
+    assert _fits({"text": "x"}, schema)
 
 
 def test_an_unknown_server_and_an_unknown_tool_are_refused_with_what_there_is(tmp_path: Path) -> None:

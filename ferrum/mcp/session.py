@@ -8,9 +8,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import Mapping
 from typing import NoReturn, cast
 
+from jsonschema.exceptions import SchemaError
+from jsonschema.validators import Draft202012Validator, validator_for
 from mcp import Client, MCPError
 from mcp_types import (
     CONNECTION_CLOSED,
@@ -25,6 +28,8 @@ from mcp_types import (
     Tool,
 )
 from pydantic import JsonValue
+from referencing import Registry
+from referencing.exceptions import Unresolvable
 
 from ferrum.errors import ToolError, did_you_mean
 from ferrum.mcp.specs import IDEMPOTENCY_KEY, ServerSpec, ToolSpec
@@ -94,8 +99,9 @@ class Session:
     async def call(self, tool: str, arguments: Mapping[str, JsonValue], key: str) -> JsonValue:
         """Call a tool and return its output.
 
-        Raises `ToolError`. Its `retry` is true for a tool that answered with an error, and where no answer came only
-        if the call surely never left or the tool is marked read-only or idempotent: else the effect may be there.
+        Raises `ToolError`. Its `retry` is true for a tool that answered with an error, unless the arguments are not
+        what it asks for; and where no answer came only if the call surely never left or the tool is marked read-only
+        or idempotent: else the effect may be there.
         """
         if not self.alive:
             # Its client knows no server any more, and says so in other words than of one that dies on it.
@@ -122,7 +128,9 @@ class Session:
         finally:
             give_up.cancel()
         if result.is_error:
-            self._fail(spec, _text(result) or "the tool failed and did not say why", retry=True)
+            # Arguments that are not what the tool asks for are refused again.
+            fitting = _fits(arguments, spec.input_schema)
+            self._fail(spec, _text(result) or "the tool failed and did not say why", retry=fitting)
         return _output(result, spec)
 
     async def close(self) -> None:
@@ -213,6 +221,17 @@ def _spec(tool: Tool) -> ToolSpec:
         read_only=bool(hints and hints.read_only_hint),
         idempotent=bool(hints and hints.idempotent_hint),
     )
+
+
+def _fits(arguments: Mapping[str, JsonValue], schema: Mapping[str, JsonValue]) -> bool:
+    """Whether a tool may take these arguments; also where its schema is none, or refers to another one."""
+    schema = dict(schema)
+    try:
+        kind = validator_for(schema, default=Draft202012Validator)
+        kind.check_schema(schema)
+        return kind(schema, registry=Registry()).is_valid(dict(arguments))
+    except (SchemaError, Unresolvable, re.error):
+        return True
 
 
 def _perhaps(spec: ToolSpec) -> str:
