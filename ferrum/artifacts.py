@@ -18,7 +18,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, MemoryStore, from_url
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from ferrum.errors import NotFound, OutputError, SettingsError, Unavailable
 from ferrum.settings import Settings, redact, settings
@@ -54,18 +54,6 @@ class Ref(BaseModel):
         """Where a store keeps it: `sha256/ab/cdef…`."""
         hexadecimal = self.digest.removeprefix("sha256:")
         return f"sha256/{hexadecimal[:2]}/{hexadecimal[2:]}"
-
-
-def is_ref(value: object) -> bool:
-    """Whether a value is written like a `Ref`; for showing only.
-
-    Anyone can write such a value, so it must never decide what is loaded: that is what `Kept.ref` is for.
-    """
-    try:
-        Ref.model_validate(value, by_name=False)
-    except ValidationError:
-        return False
-    return True
 
 
 class Kept(BaseModel):

@@ -91,9 +91,9 @@ class Weak(Bubblewrap):
         if self._without.filter:
             return []
         rules = seccomp.rules(_MACHINE)
+        numbers = {name: number for number, name in seccomp.names(_MACHINE).items()} | {"clone3": 435}
         for name in self._without.calls:
-            number = 435 if name == "clone3" else seccomp.number_of(name, _MACHINE)
-            rules[number] = [seccomp.Instruction(0x06, seccomp.ALLOW)]
+            rules[numbers[name]] = [seccomp.Instruction(0x06, seccomp.ALLOW)]
         return ["--seccomp", str(files.hold(seccomp.assemble(_MACHINE, rules)))]
 
 

@@ -257,12 +257,6 @@ def rules(machine: str) -> dict[int, Block]:
     return found
 
 
-def number_of(name: str, machine: str) -> int:
-    """The number of a system call."""
-    column = _MACHINES[machine][1]
-    return dict(_numbers(_ALLOWED + _CHECKED + _REFUSED, column))[name]
-
-
 def names(machine: str) -> dict[int, str]:
     """What each number is called."""
     column = _MACHINES[machine][1]

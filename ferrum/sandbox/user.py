@@ -70,8 +70,8 @@ def _become(uid: int, back: ExitStack) -> None:
         back.callback(libc, "syscall", setresgid, *gids)
         libc("syscall", setresuid, uid, uid, 0)
         back.callback(libc, "syscall", setresuid, *uids)
-    except PermissionError as error:
+    except OSError as error:
         raise Missing(
-            f"root may not become user {uid} here, as which sandboxes run: give the container CAP_SETUID and "
-            "CAP_SETGID, or run the worker as an ordinary user"
+            f"root cannot become user {uid} here, as which sandboxes run ({error.strerror}): give the container "
+            "CAP_SETUID, CAP_SETGID and that many users, or run the worker as an ordinary user"
         ) from error
