@@ -800,12 +800,12 @@ def test_only_the_thread_that_starts_a_sandbox_is_somebody_else_and_only_meanwhi
 def test_root_that_may_not_be_somebody_else_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     libc, asked = user_of_the_host.libc, itertools.count()
 
-    def refuse_the_third(name: str, *arguments: object) -> None:
-        if next(asked) == 2:
+    def refuse_the_last(name: str, *arguments: object) -> None:
+        if next(asked) == 3:
             raise PermissionError(1, "Operation not permitted")
         libc(name, *arguments)
 
-    monkeypatch.setattr(user_of_the_host, "libc", refuse_the_third)
+    monkeypatch.setattr(user_of_the_host, "libc", refuse_the_last)
     user = User.take()
     assert user is not None
     mine = os.getresuid(), os.getresgid(), os.getgroups()

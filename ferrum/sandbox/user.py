@@ -15,6 +15,7 @@ from ferrum.sandbox.reach import libc
 FIRST_USER = 60001
 _USERS = 512
 
+_PR_CAP_AMBIENT, _CLEAR_ALL = 47, 4
 #: The numbers of setgroups, setresgid and setresuid.
 _CALLS = {"x86_64": (116, 119, 117), "aarch64": (159, 149, 147)}
 
@@ -63,6 +64,8 @@ def _become(uid: int, back: ExitStack) -> None:
     setgroups, setresgid, setresuid = _CALLS[os.uname().machine]
     groups, gids, uids = os.getgroups(), os.getresgid(), os.getresuid()
     try:
+        # For good: what is started would keep these, since root may still go back.
+        libc("prctl", _PR_CAP_AMBIENT, _CLEAR_ALL, 0, 0, 0)
         libc("syscall", setgroups, 0, None)
         back.callback(libc, "syscall", setgroups, len(groups), (ctypes.c_uint32 * len(groups))(*groups))
         # The third is what a thread may go back to. A program that is started has the second there.
