@@ -67,6 +67,11 @@ class Settings(BaseModel):
     tenant: str = Field(
         "default", min_length=1, max_length=100, description="Whose runs this process starts, unless it is said."
     )
+    warm: bool = Field(
+        True,
+        description="Whether a worker gets ready at its start for what the policy allows: no first call of a model "
+        "waits for it then, and each worker computes for seconds.",
+    )
     sandbox: Literal["auto", "bubblewrap", "gvisor", "container"] = Field(
         "auto",
         description="What isolates code: `bubblewrap`, `gvisor` or `container`; `auto` is the first that holds here.",

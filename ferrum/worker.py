@@ -245,7 +245,8 @@ def install(app: Celery, process: Process) -> None:
     signals.worker_shutting_down.connect(_hand_back_after_grace(process), weak=False)
     signals.worker_shutdown.connect(lambda **_: process.stop(), weak=False)
     signals.worker_process_shutdown.connect(lambda **_: process.stop(), weak=False)
-    signals.worker_ready.connect(lambda **_: _warm(process), weak=False)
+    if settings().warm:
+        signals.worker_ready.connect(lambda **_: _warm(process), weak=False)
 
 
 def _check(app: Celery) -> None:

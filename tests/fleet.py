@@ -30,32 +30,25 @@ TASKS = "user_tasks"
 
 
 class Fleet:
-    """Workers that share a home, a policy that allows every tool and index, and whatever else `environ` says.
+    """Workers that share a home, a policy that allows everything, and whatever else `environ` says.
 
-    `models`, `code`: it allows every model, and every run of code, too. A worker whose policy does makes ready for
-    them, which for models is two seconds of computing at its start.
+    They get ready for nothing before it is asked for: for models that is seconds of computing at each start.
     """
 
-    def __init__(
-        self,
-        redis_url: str,
-        home: Path,
-        environ: Mapping[str, str] | None = None,
-        *,
-        models: bool = False,
-        code: bool = False,
-    ) -> None:
+    def __init__(self, redis_url: str, home: Path, environ: Mapping[str, str] | None = None) -> None:
         self.home = home
         self.workers: list[subprocess.Popen[bytes]] = []
         policy = home / "allow-all.policy.yaml"
-        kinds = ["tool", "retrieval", "ingest", *(["model"] if models else []), *(["sandbox"] if code else [])]
-        policy.write_text(json.dumps({"allow": [f"{kind}:*" for kind in kinds]}))
+        policy.write_text(
+            json.dumps({"allow": [f"{kind}:*" for kind in ("tool", "model", "sandbox", "retrieval", "ingest")]})
+        )
         self.environ = {
             **{name: value for name, value in os.environ.items() if not name.startswith("FERRUM_")},
             "FERRUM_REDIS_URL": redis_url,
             "FERRUM_HOME": str(home),
             "FERRUM_ARTIFACTS": os.environ["FERRUM_ARTIFACTS"],
             "FERRUM_POLICY": str(policy),
+            "FERRUM_WARM": "false",
             "FERRUM_IMPORTS": TASKS,
             "PYTHONPATH": str(Path(__file__).parent),
             **(environ or {}),

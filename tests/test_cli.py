@@ -421,7 +421,7 @@ def test_a_policy_that_asks_shows_exactly_what_would_be_done(home: Path, tmp_pat
     more = {"FERRUM_POLICY": str(tmp_path / "ask.yaml"), "FERRUM_MCP_SERVERS": json.dumps(servers)}
     step = {"type": "tool", "tool": "effects.append", "input": {"text": "a\u202eb"}}
     run_id = called(home, "run", workflow(tmp_path, {"a": step}), "--detach", **more).stdout.strip()
-    listed = eventually(lambda: called(home, "approvals", "list").stdout)
+    listed = eventually(lambda: called(home, "approvals", "list").stdout, every_s=1)
     assert '"text": "a\\u202eb"' in listed
     assert '"tool": "append"' in listed
     assert called(home, "approvals", "reject", run_id).returncode == 0

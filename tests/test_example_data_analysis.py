@@ -50,7 +50,7 @@ def fleet(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         {"match": {"contains": "The table begins: region,product,sold"}, "json": {"code": WRONG}},
     ]
     with ModelServer({"rules": rules}) as models:
-        fleet = Fleet(redis_url, tmp_path_factory.mktemp("analysis"), models.environ, models=True, code=True)
+        fleet = Fleet(redis_url, tmp_path_factory.mktemp("analysis"), models.environ)
         try:
             fleet.start()
             yield fleet

@@ -82,7 +82,7 @@ def models() -> Iterator[ModelServer]:
 def fleet(redis_url: str, tmp_path_factory: pytest.TempPathFactory, models: ModelServer) -> Iterator[Fleet]:
     """A worker with an index of the handbook, which the first example has filled."""
     environ = {"FERRUM_EMBEDDING": "lexical", "FERRUM_MODEL": "openai/gpt-x", **models.environ}
-    fleet = Fleet(redis_url, tmp_path_factory.mktemp("rag"), environ, models=True)
+    fleet = Fleet(redis_url, tmp_path_factory.mktemp("rag"), environ)
     try:
         fleet.start()
         outputs(answered("rag.yaml", "How long may unopened tea be returned?", documents=HANDBOOK))

@@ -41,7 +41,7 @@ def fleet(redis_url: str, tmp_path_factory: pytest.TempPathFactory, log: Path, m
     home = tmp_path_factory.mktemp("failure")
     (home / "prices.yaml").write_text(json.dumps(PRICES))
     environ = {"FERRUM_MCP_SERVERS": effects(log), "FERRUM_PRICES": str(home / "prices.yaml"), "FERRUM_SWEEP": "0.1"}
-    fleet = Fleet(redis_url, home, {**environ, **models.environ}, models=True)
+    fleet = Fleet(redis_url, home, {**environ, **models.environ})
     try:
         fleet.start()
         # What is slow the first time (a large import, a server's start) is behind us: time limits below are short.

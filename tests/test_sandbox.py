@@ -809,7 +809,7 @@ def test_root_that_may_not_be_somebody_else_is_told_what_to_do(monkeypatch: pyte
     user = User.take()
     assert user is not None
     mine = os.getresuid(), os.getresgid(), os.getgroups()
-    with pytest.raises(Missing, match="root cannot become user .*Operation not permitted.*CAP_SETUID"), borrowed(user):
+    with pytest.raises(Missing, match=r"root cannot become user .*Operation not permitted.*CAP_SETUID"), borrowed(user):
         pytest.fail("that is nobody")
     assert (os.getresuid(), os.getresgid(), os.getgroups()) == mine
     user.release()

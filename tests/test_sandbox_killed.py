@@ -24,7 +24,7 @@ time.sleep(2)
 def test_a_worker_that_is_killed_takes_its_code_with_it_and_another_runs_it_again(
     clean_redis: str, tmp_path: Path
 ) -> None:
-    fleet = Fleet(clean_redis, tmp_path, code=True)
+    fleet = Fleet(clean_redis, tmp_path)
     try:
         worker = fleet.start()
         step = {"type": "sandbox", "code": PROGRAM, "timeout": "90s"}

@@ -89,6 +89,19 @@ def test_queues_shape_a_fleet_and_a_prefork_pool_runs_steps_too(fleet: Fleet, re
     assert_events_agree(redis_url, run_id)
 
 
+def test_a_worker_gets_ready_at_its_start_for_what_its_policy_allows_unless_it_need_not(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    (tmp_path / "code.policy.yaml").write_text('allow: ["sandbox:*"]\n')
+    environ = {"FERRUM_POLICY": str(tmp_path / "code.policy.yaml")}
+    fleet.start(FERRUM_WARM="true", **environ)
+    # What there is to isolate code here, or why there is nothing.
+    eventually(lambda: "bubblewrap" in fleet.log(0).read_text())
+    fleet.start(FERRUM_WARM="false", **environ)
+    fleet.stop()
+    assert "bubblewrap" not in fleet.log(1).read_text()
+
+
 def _refused(fleet: Fleet, **environ: str) -> str:
     """What a worker says that does not start."""
     done = subprocess.run(

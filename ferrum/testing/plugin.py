@@ -84,6 +84,8 @@ def _ferrum_settings(
         "FERRUM_HOME": str(tmp_path / "ferrum"),
         "FERRUM_POLICY": str(policy),
         "FERRUM_IMPORTS": ",".join(ferrum_imports),
+        # A test that calls no model does not pay for one, and one that does pays no more.
+        "FERRUM_WARM": "false",
     }
     with environment({**nothing_of_the_machine(), **given, **ferrum_environ}):
         yield
