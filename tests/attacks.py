@@ -407,6 +407,32 @@ return done > 0""",
         """return reached("mmap", 0, 2**21, 3, 0x22 | 0x40000, -1, 0)""",
         Without(calls=("mmap",)),
     ),
+    *(
+        # What is mapped in part stays in full, and only that part is seen.
+        Attack(
+            f"have memory of no file that stays ({kind})",
+            f"""return reached("mmap", 0, 2**21, 3, {flags}, -1, 0)""",
+            Without(calls=("mmap",)),
+        )
+        for kind, flags in (("shared", 0x21), ("shared and validated", 0x23))
+    ),
+    Attack(
+        "have memory of /dev/zero that stays",
+        """
+file = os.open("/dev/zero", os.O_RDWR)
+assert os.read(file, 2) == bytes(2)
+return did(mmap.mmap, file, 4096)""",
+        Without(swap=((("/dev/full", "/dev/zero"), ("/dev/zero", "/dev/zero")),)),
+    ),
+    Attack(
+        "share open files with another process, whose locks nobody sees when it has ended",
+        """
+done, error = call("clone", 0x400 | 17, 0, 0, 0, 0)
+if done == 0:
+    os._exit(0)
+return done > 0""",
+        Without(calls=("clone",)),
+    ),
     Attack(
         "hang attributes on files",
         """

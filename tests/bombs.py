@@ -68,16 +68,6 @@ while seen < 8:
         _NO_MEMORY_LIMIT,
     ),
     Bomb(
-        "memory that is shared",
-        """
-x = mmap.mmap(-1, 120 << 20)
-for at in range(0, 120 << 20, 4096):
-    x[at] = 1
-""",
-        WhyEnded.MEMORY,
-        _NO_MEMORY_LIMIT,
-    ),
-    Bomb(
         "memory of a process whose first thread has left",
         """
 def fill():
@@ -94,9 +84,13 @@ call("exit", 0)
     Bomb(
         "memory of a process that cannot be looked into",
         """
-libc.prctl(4, 0, 0, 0, 0)
-x = b'x' * (120 << 20)
-time.sleep(0.1)
+for _ in range(2):
+    if os.fork() == 0:
+        libc.prctl(4, 0, 0, 0, 0)
+        x = b'x' * (40 << 20)
+        time.sleep(0.2)
+        os._exit(0)
+os.wait(), os.wait()
 """,
         WhyEnded.MEMORY,
         Without(lines=(("        return _usage(pid)[0]", "        return 0"),), limits=(resource.RLIMIT_AS,)),
@@ -117,6 +111,60 @@ for _ in range(4):
 """,
         WhyEnded.MEMORY,
         Without(told=(("sockets", 2**30),)),
+    ),
+    Bomb(
+        "locks behind others that are listed first",
+        """
+import fcntl
+for at in range(15):
+    if os.fork() == 0:
+        held = [open(f"held-{at}-{one}", "w") for one in range(100)]
+        for one in held:
+            fcntl.flock(one, fcntl.LOCK_EX)
+        time.sleep(5)
+        os._exit(0)
+time.sleep(0.5)
+file = open("locked", "w")
+for at in range(20_000, 0, -2):
+    fcntl.lockf(file, fcntl.LOCK_EX, 1, at)
+time.sleep(1.5)
+os._exit(0)
+""",
+        WhyEnded.MEMORY,
+        Without(lines=(("if found > self._most_locks:\n                    return True", "break"),)),
+    ),
+    Bomb(
+        "mappings",
+        """
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+for _ in range(3):
+    if os.fork() == 0:
+        start = libc.mmap(None, 40_000 << 12, 3, 0x22, -1, 0)
+        for at in range(0, 40_000, 2):
+            libc.mprotect(start + (at << 12), 1 << 12, 1)
+        time.sleep(2)
+        os._exit(0)
+for _ in range(3):
+    os.wait()
+""",
+        WhyEnded.MEMORY,
+        Without(told=(("mappings", 2**40),)),
+    ),
+    Bomb(
+        "mappings that nobody may see",
+        """
+for _ in range(2):
+    if os.fork() == 0:
+        libc.prctl(4, 0, 0, 0, 0)
+        time.sleep(2)
+        os._exit(0)
+for _ in range(2):
+    os.wait()
+""",
+        WhyEnded.MEMORY,
+        Without(lines=(("found += _MOST_MAPPINGS", "pass"),)),
     ),
     Bomb(
         "locks",

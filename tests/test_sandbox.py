@@ -233,6 +233,7 @@ def test_a_lot_is_heard_in_part_kept_in_part_and_counted() -> None:
         ("'\"' + chr(92) + 'ud800\"'", "it is not JSON"),
         ("'[' * 200000", "it is not JSON"),
         ("'[' + '1,' * (2 << 20) + '1]'", "more than 2097152 bytes"),
+        ("'[' * 101 + ']' * 101", "more than 100 lists and objects in each other"),
     ],
 )
 def test_an_output_that_nobody_could_keep_is_none(left: str, problem: str) -> None:
@@ -240,6 +241,66 @@ def test_an_output_that_nobody_could_keep_is_none(left: str, problem: str) -> No
     assert not reply.has_output
     assert len(reply.cut) == 1
     assert problem in reply.cut[0]
+
+
+@needs_a_sandbox
+def test_an_output_that_is_deep_comes_back_as_it_is() -> None:
+    reply = ran(CodeRun(code="open('output.json', 'w').write('[' * 99 + '{\"a\": 1}' + ']' * 99)"))
+    assert CodeReply.model_validate_json(reply.model_dump_json()) == reply
+    assert reply.has_output
+
+
+@needs_a_sandbox
+def test_a_file_whose_path_is_too_long_is_refused_alone() -> None:
+    code = """
+import os
+deep = "/".join(["d" * 250] * 4)
+os.makedirs(deep)
+for path in (deep + "/far.txt", "near.txt"):
+    open(path, "w").write("here")
+print("well")
+"""
+    reply = ran(CodeRun(code=code, outputs=("**/*.txt",)))
+    assert (reply.reason, reply.stdout, reply.files) == (WhyEnded.OK, "well\n", {"near.txt": b"here"})
+    assert len(reply.cut) == 1
+    assert reply.cut[0].endswith("its path is too long")
+
+
+@needs_a_sandbox
+def test_one_that_takes_too_long_says_what_it_used_until_then_and_gives_back_what_it_left() -> None:
+    code = "open('half.txt', 'w').write('done')\nwhile True: pass"
+    reply = ran(CodeRun(code=code, outputs=("half.txt",), timeout_s=0.5, cpus=2))
+    assert (reply.reason, reply.detail) == (WhyEnded.TIMEOUT, "it ran for longer than 0.5 s")
+    assert reply.files == {"half.txt": b"done"}
+    assert reply.cpu_s is not None
+    assert reply.cpu_s > 0
+    assert reply.peak_memory is not None
+    assert reply.peak_memory > 2**20
+
+
+@needs_a_sandbox
+def test_the_time_zone_is_the_one_that_is_asked_for() -> None:
+    ask = "import time; print(time.tzname[0], end=' ', flush=True); import os; os.system('date +%Z')"
+    assert ran(CodeRun(code=ask, env={"TZ": "JST-9"})).stdout == "JST JST\n"
+
+
+@needs_a_sandbox
+def test_a_worker_with_less_than_a_job_may_have_shares_that() -> None:
+    program = """
+import asyncio, resource
+from ferrum.governance.acts import CodeRun
+from ferrum.sandbox import Sandboxes
+for limit, value in ((resource.RLIMIT_NOFILE, 100), (resource.RLIMIT_FSIZE, 2**20)):
+    resource.setrlimit(limit, (value, value))
+code = "import resource as r; print(r.getrlimit(r.RLIMIT_NOFILE), r.getrlimit(r.RLIMIT_FSIZE))"
+async def main():
+    sandboxes = Sandboxes(warm=0)
+    print((await sandboxes.run(CodeRun(code=code), {}, lambda *_: None)).stdout, end="")
+    await sandboxes.aclose()
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("(100, 100) (1048576, 1048576)\n", "")
 
 
 # Why it ended.
@@ -284,7 +345,11 @@ def test_processor_time_ends_it_too() -> None:
         (CodeRun(code="x", runtime="python-dta"), {}, "there is no runtime 'python-dta' here"),
         (CodeRun(), {}, "either 'code' or 'command'"),
         (CodeRun(code="x", command=("ls",)), {}, "either 'code' or 'command'"),
-        (CodeRun(command=()), {}, "it is empty"),
+        (CodeRun(command=()), {}, "it names no program"),
+        (CodeRun(command=("",)), {}, "it names no program"),
+        (CodeRun(command=("ls", "\ud800")), {}, "no half of a character"),
+        (CodeRun(code="'\ud800'"), {}, "half a character"),
+        (CodeRun(code="x", env={"A": "\ud800"}), {}, "'A' cannot be a variable"),
         (CodeRun(code="x"), {"../x": b""}, "no path within the working directory"),
         (CodeRun(code="x"), {"/etc/x": b""}, "no path within the working directory"),
         (CodeRun(code="x"), {"a//b": b""}, "no path within the working directory"),
@@ -815,26 +880,29 @@ def test_root_that_may_not_be_somebody_else_is_told_what_to_do(monkeypatch: pyte
     user.release()
 
 
-def test_locks_are_counted_each_second_and_when_there_may_be_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_kernel_keeps_is_counted_each_second_and_when_there_may_be_much(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now, kernel, counted = 0.0, 50_000, 0
 
-    def read(path: str) -> bytes:
+    def pieces(path: str) -> Iterator[bytes]:
         nonlocal counted
         if path == "/proc/meminfo":
-            return f"MemTotal: 1 kB\nSUnreclaim: {kernel} kB\n".encode()
-        counted += 1
-        return b"1: POSIX  ADVISORY  WRITE 1 00:01:1 0 0\n" * 513
+            yield f"MemTotal: 1 kB\nSUnreclaim: {kernel} kB\n".encode()
+        elif path == "/proc/locks":
+            counted += 1
+            yield b"1: POSIX  ADVISORY  WRITE 1 00:01:1 0 0\n" * 513
 
-    monkeypatch.setattr(init, "_read", read)
+    monkeypatch.setattr(init, "_pieces", pieces)
     monkeypatch.setattr(init, "monotonic", lambda: now)
-    few, many = init._Locks(513), init._Locks(512)
+    few, many = (init._Kernel({"locks": most, "mappings": 1}) for most in (513, 512))
     # When it looks, what the kernel has then, and whether it counts: what was given back may have been taken again.
     for now, kernel, counts in (  # noqa: B007
         (0.25, 52_047, False), (0.5, 52_048, True), (0.75, 40_000, False), (1.0, 42_048, True), (1.25, 42_048, False),
         (1.75, 44_095, False), (2.0, 44_095, True),
     ):  # fmt: skip
-        assert many.too_many() == counts
-        assert not few.too_many()
+        assert many.keeps_too_much() == counts
+        assert not few.keeps_too_much()
         assert counted == 2 * counts
         counted = 0
 
@@ -1050,7 +1118,9 @@ def test_the_filter_does_what_its_tables_say(machine: str, architecture: int) ->
     # 435 is clone3 on both.
     assert verdict(program, 435, (), architecture) == seccomp.UNKNOWN
 
-    assert asked("clone", 0x1200011) == seccomp.ALLOW
+    # As `fork`, `posix_spawn` and threads are made; and a process with the open files of another.
+    assert asked("clone", 0x1200011) == asked("clone", 0x4111) == asked("clone", 0x3D0F00) == seccomp.ALLOW
+    assert asked("clone", 0x411) == asked("clone", 0x4511) == seccomp.REFUSE
     for bit in (0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000):
         assert asked("clone", bit | 17) == seccomp.REFUSE
     for family in range(2, 64):
@@ -1080,7 +1150,10 @@ def test_the_filter_does_what_its_tables_say(machine: str, architecture: int) ->
     for command in (1024, 1026, 1031, 37, 38):
         assert asked("fcntl", 3, command) == seccomp.REFUSE
     assert asked("mmap", 0, 0, 3, 0x22) == seccomp.ALLOW
-    assert asked("mmap", 0, 0, 3, 0x40022) == seccomp.REFUSE
+    for flags in (0x40022, 0x21, 0x23, 0x8021):
+        assert asked("mmap", 0, 0, 3, flags) == seccomp.REFUSE
+    for flags in (0x2, 0x1, 0x3, 0x20022, 0x8):
+        assert asked("mmap", 0, 0, 3, flags) == seccomp.ALLOW
 
 
 def test_another_machine_has_no_sandbox() -> None:

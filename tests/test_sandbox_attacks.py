@@ -237,7 +237,8 @@ def _runs_on_the_host(mark: str) -> bool:
 _COMPAT = r"""
 import ctypes, mmap
 # mov eax, 20 (getpid); int 0x80; ret
-code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+code = mmap.mmap(-1, 4096, private, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
 code.write(b"\xb8\x14\x00\x00\x00\xcd\x80\xc3")
 pid = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))()
 import os

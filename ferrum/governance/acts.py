@@ -205,15 +205,15 @@ class CodeRun(Act[CodeReply]):
     output_file: str = "output.json"
     env: dict[str, str] = {}
     #: Seconds of the wall clock.
-    timeout_s: float = Field(30.0, gt=0)
+    timeout_s: float = Field(30.0, gt=0, le=30 * 86_400)
     #: Bytes.
-    memory: int = Field(256 * 2**20, gt=0)
+    memory: int = Field(256 * 2**20, gt=0, le=2**50)
     #: Bytes that it may write to its files at any one time.
-    disk: int = Field(64 * 2**20, gt=0)
+    disk: int = Field(64 * 2**20, gt=0, le=2**50)
     #: Cores; also a part of one.
-    cpus: float = Field(1.0, gt=0)
+    cpus: float = Field(1.0, gt=0, le=10_000)
     #: Processes and threads at any one time.
-    processes: int = Field(32, gt=0)
+    processes: int = Field(32, gt=0, le=2**20)
     network: Literal["none"] = "none"
 
     @property

@@ -58,7 +58,8 @@ TELLING = (
     "sched_debug", "timer_list", "fs", "pressure", "sys",
 )  # fmt: skip
 
-_DEVICES = ("null", "zero", "full", "random", "urandom")
+#: `full` reads like `zero`, which could be mapped besides: memory that no limit holds and nobody counts.
+_DEVICES = {"null": "null", "zero": "full", "full": "full", "random": "random", "urandom": "urandom"}
 #: Directories that are links into `/usr` where it is merged, as it is everywhere by now.
 MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
@@ -215,8 +216,8 @@ class Bubblewrap(Backend):
     def devices(self) -> list[str]:
         # Not `--dev`: that brings a pseudo terminal along.
         arguments = []
-        for name in _DEVICES:
-            arguments += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+        for name, device in _DEVICES.items():
+            arguments += ["--dev-bind", f"/dev/{device}", f"/dev/{name}"]
         for name, target in (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")):
             arguments += ["--symlink", f"/proc/self/fd{target}", f"/dev/{name}"]
         return arguments
@@ -239,6 +240,9 @@ class Bubblewrap(Backend):
 
     def explain(self, words: str) -> str:
         return _explain(words)
+
+    def close(self) -> None:
+        self._reach.close()
 
     def _cgroup(self, box: Box) -> Cgroup | None:
         if self._cgroups is None:

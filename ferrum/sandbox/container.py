@@ -106,6 +106,8 @@ class Container(Backend):
         ]  # fmt: skip
         for outside, inside in skeleton.mounts(box.runtime, ours):
             arguments += ["--volume", f"{outside}:{inside}:ro"]
+        # As `bubblewrap.py` has it.
+        arguments += ["--volume", "/dev/full:/dev/zero:ro"]
         # The token is how its PID 1 is known among the processes of this machine.
         return [*arguments, self._image, *program.command(box.runtime), token]
 

@@ -72,7 +72,10 @@ class GVisor(Backend):
             user = User.take()
             if user is not None:
                 undo.callback(user.release)
-                os.chown(state, user.uid, user.uid)
+                try:
+                    os.chown(state, user.uid, user.uid)
+                except OSError as error:
+                    raise Missing(f"root cannot give a file to user {user.uid} here: {error}") from error
                 placed = (path for path, _ in box.runtime.placed)
                 self._reach.make((runsc, *box.runtime.mounts, *placed), user.uid)
             with borrowed(user):
@@ -130,6 +133,7 @@ class GVisor(Backend):
         return ""
 
     def close(self) -> None:
+        self._reach.close()
         if self._ours is not None:
             self._ours.close()
             self._ours = None

@@ -21,14 +21,14 @@ import marshal
 import posix as os
 import sys
 from _stat import S_ISDIR, S_ISREG
-from time import monotonic, sleep
+from time import monotonic, sleep, tzset
 
 from ferrum.sandbox import wire
 
 # Importing `typing`, even to ask whether types are being checked, would take as long as Python itself.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Any
 
 JOB = "/job"
@@ -47,6 +47,10 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _MOST_REFUSED = 100
 _LOOKS = 3
 _MOST_OPEN = 1024
+#: Characters of a path.
+LONGEST_PATH = 1000
+#: What Linux lets a process have, where nobody has changed that.
+_MOST_MAPPINGS = 65530
 
 
 class suppress:
@@ -159,7 +163,7 @@ def _ready(waited_for: dict[int, int], timeout_s: float | None = None) -> list[i
     events = poll()
     for descriptor, event in waited_for.items():
         events.register(descriptor, event)
-    return [descriptor for descriptor, _ in events.poll(timeout_s and timeout_s * 1000)]
+    return [descriptor for descriptor, _ in events.poll(None if timeout_s is None else timeout_s * 1000)]
 
 
 class _Host:
@@ -359,6 +363,8 @@ class _Child:
             os.close(file)
         os.nice(_NICE)
         if prepare["apart"]:
+            # Who may not open it for writing cannot map it as memory that stays and that nobody counts.
+            os.chmod("/dev/zero", 0o444)
             os.setresgid(_NOBODY, _NOBODY, _NOBODY)
             os.setresuid(_NOBODY, _NOBODY, _NOBODY)
         if prepare["filter"]:
@@ -400,6 +406,8 @@ def _run(job: dict[str, Any]) -> None:
     os.umask(0o022)
     os.chdir(JOB)
     _set_environment(job["env"])
+    if "TZ" in job["env"]:
+        tzset()
     if job["programs"]:
         _execute(job["programs"], job["arguments"])
     _run_python(job["code"])
@@ -481,7 +489,8 @@ class _Watch:
         #: Whether its files were ever as full as they may be.
         self._full = False
         self._areas = _areas()
-        self._locks = _Locks(job["locks"])
+        self._kernel = _Kernel(job)
+        self._deadline = monotonic() + job["timeout"]
 
     def until_it_ends(self) -> dict[str, object]:
         """How it ended: `exit` or `signal` if by itself, else `why` it has to be killed now."""
@@ -498,7 +507,7 @@ class _Watch:
             if monotonic() - looked >= TICK_S or status is not None:
                 why = self._look() if status is None else ""
                 looked = monotonic()
-            why = why or self._said_too_much()
+            why = why or self._said_too_much() or ("timeout" if monotonic() >= self._deadline else "")
             if status is not None or why:
                 break
             self._wait(wake)
@@ -515,7 +524,7 @@ class _Watch:
         waited_for = dict.fromkeys((host_in, wake, *streams), _CAN_READ)
         if self._host.waiting:
             waited_for[host_out] = _CAN_WRITE
-        for descriptor in _ready(waited_for, TICK_S):
+        for descriptor in _ready(waited_for, min(TICK_S, max(0.0, self._deadline - monotonic()))):
             if descriptor in streams:
                 streams[descriptor].pump(self._host)
             elif descriptor == wake:
@@ -556,7 +565,7 @@ class _Watch:
             memory = self._memory()
         else:
             return "memory"
-        if _sockets() > self._job["sockets"] or self._locks.too_many():
+        if _sockets() > self._job["sockets"] or self._kernel.keeps_too_much():
             return "memory"
         threads = sum(_usage(pid)[1] for pid in _processes())
         if threads > self._job["processes"]:
@@ -566,8 +575,9 @@ class _Watch:
     def _memory(self) -> int:
         """Bytes that are in use by the job's processes."""
         processes = _processes()
-        memory = sum(_usage(pid)[0] for pid in processes)
-        if memory > self._job["memory"]:
+        used = [_usage(pid)[0] for pid in processes]
+        memory = sum(used)
+        if memory > self._job["memory"] >= max(used):
             # Only now, for it is slow: what processes share is counted once. One that hides that counts in full.
             memory = sum(_proportional(pid) for pid in processes)
         self._peak = max(self._peak, memory)
@@ -646,37 +656,61 @@ def _sockets() -> int:
     return 0
 
 
-class _Locks:
-    """Locks on ranges of files: the same, and no limit of the kernel counts them.
+class _Kernel:
+    """What the kernel keeps for the job beside its memory and has no limit for: locks on ranges of files, mappings.
 
-    Counting them makes the kernel wait until each of its processors has done something else (`synchronize_rcu`), which
-    takes 5 to 20 ms. So it is done once a second, and when the kernel has taken memory that could be for locks.
+    To count locks makes the kernel wait until each of its processors has done something else (`synchronize_rcu`), which
+    takes 5 to 20 ms. So all that is done once a second, and when the kernel has taken memory that could be for them.
     """
 
     _EACH_S = 1.0
-    #: Some 10,000 of them.
+    #: Some 10,000 of either.
     _GROWN = 2 * 2**20
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, job: dict[str, Any]) -> None:
+        self._most_locks: int = job["locks"]
+        self._most_mappings: int = job["mappings"]
         self._counted = monotonic()
-        self._kernel = self._of_the_kernel()
+        self._taken = self._taken_now()
 
-    def too_many(self) -> bool:
-        kernel = self._of_the_kernel()
-        if kernel < self._kernel + self._GROWN and monotonic() - self._counted < self._EACH_S:
-            self._kernel = min(kernel, self._kernel)
+    def keeps_too_much(self) -> bool:
+        taken = self._taken_now()
+        if taken < self._taken + self._GROWN and monotonic() - self._counted < self._EACH_S:
+            self._taken = min(taken, self._taken)
             return False
-        self._counted, self._kernel = monotonic(), kernel
-        with suppress(OSError):
-            return _read("/proc/locks").count(b"POSIX") > self._most
-        return False
+        self._counted, self._taken = monotonic(), taken
+        return self._too_many_locks() or self._too_many_mappings()
 
-    def _of_the_kernel(self) -> int:
+    def _taken_now(self) -> int:
         """Bytes that the kernel has taken for what it cannot give back."""
         with suppress(OSError):
             return 1024 * _number(_read("/proc/meminfo"), b"SUnreclaim:")
         return 0
+
+    def _too_many_locks(self) -> bool:
+        found = 0
+        with suppress(OSError):
+            # Those on whole files are there too; there are no more of them than open files.
+            for piece in _pieces("/proc/locks"):
+                found += piece.count(b"POSIX")
+                if found > self._most_locks:
+                    return True
+        return False
+
+    def _too_many_mappings(self) -> bool:
+        found = 0
+        for pid in _processes():
+            try:
+                for piece in _pieces(f"/proc/{pid}/maps"):
+                    found += piece.count(b"\n")
+                    if found > self._most_mappings:
+                        return True
+            except PermissionError:
+                # One that hides them has as many as it may.
+                found += _MOST_MAPPINGS
+            except OSError:
+                pass
+        return found > self._most_mappings
 
 
 class _Collect:
@@ -731,6 +765,8 @@ class _Collect:
             return self._refuse(path, "its name is not UTF-8")
         if not name.isprintable() or "\\" in name:
             return self._refuse(path, "its name cannot be written down")
+        if len(name) > LONGEST_PATH:
+            return self._refuse(path, "its path is too long")
         file = os.open(path[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
         try:
             size = os.fstat(file).st_size
@@ -812,13 +848,21 @@ def _write_all(descriptor: int, data: bytes | bytearray) -> None:
 
 
 def _read(path: str) -> bytes:
-    """The beginning of a file of /proc, which is given out in small pieces."""
+    """The beginning of a file of /proc."""
+    read = b""
+    for piece in _pieces(path):
+        read += piece
+        if len(read) >= _CHUNK:
+            break
+    return read
+
+
+def _pieces(path: str) -> Iterator[bytes]:
+    """A file of /proc, as it is given out."""
     file = os.open(path, os.O_RDONLY)
     try:
-        read = b""
-        while len(read) < _CHUNK and (more := os.read(file, _CHUNK)):
-            read += more
-        return read
+        while piece := os.read(file, _CHUNK):
+            yield piece
     finally:
         os.close(file)
 

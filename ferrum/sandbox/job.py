@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from resource import RLIM_INFINITY, getrlimit
 from typing import Any
 
 from pydantic import JsonValue
 
 from ferrum.errors import SandboxError
 from ferrum.governance.acts import CodeRun, WhyEnded
-from ferrum.sandbox.init import matches
+from ferrum.sandbox.init import LONGEST_PATH, matches
 from ferrum.sandbox.runtimes import Runtime
 
 #: Bytes of each stream that are kept, and at which a job is ended.
@@ -24,12 +26,14 @@ MOST_SAID = 64 * 2**20
 MOST_FILES = 256
 MOST_BYTES = 64 * 2**20
 DEPTH = 16
-#: Bytes of the file that holds its output.
+#: Bytes of the file that holds its output, and lists and objects in each other there: few programs read 200 of them.
 MOST_OUTPUT = 2 * 2**20
+DEEPEST_OUTPUT = 100
 #: What costs the kernel memory that is nobody's.
 MOST_INODES = 20_000
 MOST_SOCKETS = 256
 MOST_LOCKS = 512
+MOST_MAPPINGS = 100_000
 MOST_OPEN = 128
 
 # The module `resource` has the numbers of the host, which may be another system.
@@ -38,9 +42,10 @@ _CPU, _FSIZE, _CORE, _NPROC, _NOFILE, _MEMLOCK, _AS, _SIGPENDING, _MSGQUEUE = 0,
 _BLOCK = 4096
 _LONGEST_NAME = 255
 _LONGEST_ARGUMENT = 128 * 1024 - 1
-_LONGEST_PATH = 1000
 _MOST_PATTERNS = 64
 _MOST_DEEP = 3
+#: What is said of a job that took longer than it may.
+TOO_LONG = "it ran for longer than {:g} s"
 #: A program that runs out of room says so last.
 _NO_MEMORY = ("MemoryError", "Cannot allocate memory", "memory exhausted", "Out of memory")
 _NO_DISK = ("No space left on device", "File too large", "[Errno 28]", "[Errno 27]")
@@ -73,8 +78,10 @@ class Job:
         env = {"HOME": "/tmp", "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "TMPDIR": "/tmp"}  # noqa: S108
         env |= dict(runtime.env) | run.env
         for name, value in env.items():
-            if not name or "=" in name or "\0" in name + value:
+            if not name or "=" in name or "\0" in name + value or not _is_unicode(name + value):
                 raise SandboxError(f"env: {name!r} cannot be a variable of the environment")
+        if not _is_unicode(run.code or ""):
+            raise SandboxError("code: it holds half a character (a lone surrogate), which no file and no pipe can")
         programs, arguments = _command(run, runtime)
         told = {
             "programs": programs,
@@ -82,12 +89,14 @@ class Job:
             "code": run.code or "",
             "env": env,
             "limits": limits(run),
+            "timeout": run.timeout_s,
             "memory": run.memory,
             "disk": run.disk,
             "processes": run.processes,
             "inodes": MOST_INODES,
             "sockets": MOST_SOCKETS,
             "locks": MOST_LOCKS,
+            "mappings": MOST_MAPPINGS,
             "keep": KEPT,
             "most": MOST_SAID,
             "outputs": [*run.outputs, run.output_file],
@@ -121,6 +130,8 @@ class Job:
             json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
         except (ValueError, RecursionError) as error:
             return False, None, f"{name}: it is not JSON: {str(error)[:200]}"
+        if _is_deeper(value, DEEPEST_OUTPUT):
+            return False, None, f"{name}: more than {DEEPEST_OUTPUT} lists and objects in each other"
         return True, value, ""
 
     def _is_output(self, path: str) -> bool:
@@ -130,7 +141,7 @@ class Job:
 
 def limits(run: CodeRun) -> dict[int, int]:
     """What the kernel holds each process to, by Linux's numbers of setrlimit(2)."""
-    return {
+    wanted = {
         # Not close: address space is also what is never used. The watchdog is the closer one.
         _AS: 2 * run.memory + 2**31,
         # PID 1 is one of them.
@@ -145,6 +156,13 @@ def limits(run: CodeRun) -> dict[int, int]:
         _SIGPENDING: 256,
         _MSGQUEUE: 0,
     }
+    return {limit: _may(limit, value) for limit, value in wanted.items()}
+
+
+def _may(limit: int, wanted: int) -> int:
+    """What is wanted, or the less that this process may have itself: nobody in a sandbox may raise that."""
+    hard = getrlimit(limit)[1] if sys.platform == "linux" else RLIM_INFINITY
+    return wanted if hard == RLIM_INFINITY else min(wanted, hard)
 
 
 def cpu_seconds(run: CodeRun) -> int:
@@ -174,8 +192,10 @@ def why(run: CodeRun, ended: Mapping[str, Any], last_words: str, no_memory: bool
             f"its files needed more than {_size(run.disk)}, or were more than {MOST_INODES}",
         ),
         WhyEnded.TIMEOUT: (
-            number == signal.SIGXCPU or spent,
-            f"it used more than {cpu_seconds(run)} s of processor time",
+            for_what == "timeout" or number == signal.SIGXCPU or spent,
+            TOO_LONG.format(run.timeout_s)
+            if for_what == "timeout"
+            else f"it used more than {cpu_seconds(run)} s of processor time",
         ),
     }
     for reason, (holds, sentence) in reasons.items():
@@ -196,8 +216,8 @@ def _command(run: CodeRun, runtime: Runtime) -> tuple[list[str], list[str]]:
     if (run.code is None) == (run.command is None):
         raise SandboxError("a run is either 'code' or 'command'")
     if run.command is not None:
-        if not run.command:
-            raise SandboxError("command: it is empty")
+        if not run.command or not run.command[0]:
+            raise SandboxError("command: it names no program")
         programs, arguments = [run.command[0]], list(run.command[1:])
     elif run.language == "shell":
         programs, arguments = ["bash", "sh"], ["-c", run.code or ""]
@@ -209,7 +229,9 @@ def _command(run: CodeRun, runtime: Runtime) -> tuple[list[str], list[str]]:
     for text in (*programs, *arguments):
         if "\0" in text:
             raise SandboxError("a command holds no NUL")
-        if len(text.encode(errors="surrogatepass")) > _LONGEST_ARGUMENT:
+        if not _is_unicode(text):
+            raise SandboxError("a command holds no half of a character (a lone surrogate)")
+        if len(text.encode()) > _LONGEST_ARGUMENT:
             raise SandboxError("a command is at most 128 KiB long: give the code as one of 'files' and run that")
     return programs, arguments
 
@@ -237,10 +259,30 @@ def _check_path(path: str, where: str) -> None:
 
 def _is_path(path: str) -> bool:
     """Whether it is relative, goes only down, and says what it is."""
-    if not path.isprintable() or len(path) > _LONGEST_PATH or path.startswith("/"):
+    if not path.isprintable() or len(path) > LONGEST_PATH or path.startswith("/"):
         return False
     parts = path.split("/")
     return not {"", ".", ".."} & set(parts) and all(len(part.encode()) <= _LONGEST_NAME for part in parts)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written down: no half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_deeper(value: JsonValue, depth: int) -> bool:
+    level: list[JsonValue] = [value]
+    for _ in range(depth):
+        level = [
+            inner
+            for one in level
+            for inner in (one.values() if isinstance(one, dict) else one if isinstance(one, list) else ())
+        ]
+    return any(isinstance(one, dict | list) for one in level)
 
 
 def _says(last_words: str, signs: tuple[str, ...]) -> bool:

@@ -18,7 +18,7 @@ from ferrum.errors import SandboxError
 from ferrum.governance.acts import CodeReply, WhyEnded
 from ferrum.sandbox import program, wire
 from ferrum.sandbox.backend import Backend, Box, Cell, Missing
-from ferrum.sandbox.job import MOST_BYTES, MOST_FILES, Job, signal_name, why
+from ferrum.sandbox.job import MOST_BYTES, MOST_FILES, TOO_LONG, Job, signal_name, why
 from ferrum.settings import redact
 
 Say = Callable[[str, str], None]
@@ -29,6 +29,7 @@ SHOWN = 64 * 2**10
 #: How long a sandbox may take to be there, and to give back what its job left.
 _START_S = 30.0
 _COLLECT_S = 30.0
+_LATE_S = 0.5
 _CHUNK = 256 * 1024
 _STREAMS = {wire.STDOUT: "stdout", wire.STDERR: "stderr"}
 
@@ -158,11 +159,13 @@ class Sandbox:
         run = job.run
         begun = False
         try:
-            async with asyncio.timeout(run.timeout_s) as limit:
+            # PID 1 keeps the time, and says what was used until then; should it not, it is ended from here.
+            async with asyncio.timeout(run.timeout_s + _LATE_S) as limit:
                 await self._give(job)
                 begun = True
                 if not self._is_ready:
                     await self._expect(wire.READY)
+                limit.reschedule(asyncio.get_running_loop().time() + run.timeout_s + _LATE_S)
                 ended = await self._listen(heard)
                 limit.reschedule(None)
             async with asyncio.timeout(_COLLECT_S):
@@ -172,7 +175,7 @@ class Sandbox:
             with suppress(Died, OSError):
                 # What it had said before it was killed, and is on its way.
                 await self._listen(heard)
-            return WhyEnded.TIMEOUT, f"it ran for longer than {run.timeout_s:g} s", {}
+            return WhyEnded.TIMEOUT, TOO_LONG.format(run.timeout_s), {}
         except (Died, OSError) as error:
             if not begun:
                 raise SandboxError(f"a sandbox died before its code began{self._words()}", retry=True) from error

@@ -68,9 +68,16 @@ def _paths(
         others = {**different, word: [*different.get(word, ()), step.k]}
         yield from _paths(block, at + 1 + step.false, word, same, others)
     else:
-        # Any of these bits: nothing is allowed for having one.
         assert step.code == seccomp.JUMP_ANY_BIT
-        yield from _paths(block, at + 1 + step.false, word, {**same, word: (step.k, 0)}, different)
+        mask, value = same.get(word, (0, 0))
+        none = {**same, word: (mask | step.k, value)}
+        yield from _paths(block, at + 1 + step.false, word, none, different)
+        having = list(_paths(block, at + 1 + step.true, word, {}, {}))
+        if having:
+            # Having one bit can be said, having any of several cannot.
+            assert step.k.bit_count() == 1
+            one = {**same, word: (mask | step.k, value | step.k)}
+            yield from _paths(block, at + 1 + step.true, word, one, different)
 
 
 def _none_of(word: int, values: list[int], bit: int = 31, begun: int = 0) -> Iterator[Bits]:

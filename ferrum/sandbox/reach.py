@@ -39,6 +39,11 @@ class Reach:
                     self._open(closed, Path(path), uid)
                 self._made.add(path)
 
+    def close(self) -> None:
+        """Nothing can be made reachable any more; what was is until its thread ends."""
+        while self._covered:
+            os.close(self._covered.popitem()[1])
+
     def _open(self, closed: Path, path: Path, uid: int) -> None:
         try:
             if not self._covered:

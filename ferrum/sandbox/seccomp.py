@@ -159,13 +159,37 @@ def _none(argument: int, values: tuple[int, ...], otherwise: int) -> Block:
     ]
 
 
-def _no_bit(argument: int, bits: int, otherwise: int) -> Block:
-    """Allowed where the argument has none of these bits."""
+def _clone() -> Block:
+    """No new namespace; and no process that shares a table of open files with another one.
+
+    The locks of such a process stay when it has ended, and nobody can see them.
+    """
+    new_ones = 0x7E020000  # CLONE_NEWNS, -CGROUP, -UTS, -IPC, -USER, -PID, -NET
+    files, thread = 0x400, 0x10000
     return [
-        Instruction(LOAD, _argument(argument)),
-        Instruction(JUMP_ANY_BIT, bits, 1),
+        Instruction(LOAD, _argument(0)),
+        Instruction(JUMP_ANY_BIT, new_ones, 3),
+        Instruction(JUMP_ANY_BIT, files, 0, 1),
+        Instruction(JUMP_ANY_BIT, thread, 0, 1),
         Instruction(RETURN, ALLOW),
-        Instruction(RETURN, otherwise),
+        Instruction(RETURN, REFUSE),
+    ]
+
+
+def _mapping() -> Block:
+    """No memory that no limit holds and nobody counts.
+
+    Huge pages are no process's; and what is shared and of no file stays as long as any part of it is mapped, and only
+    that part is seen. Files in memory are held by the size of their file system.
+    """
+    huge, shared, anonymous = 0x40000, 0x1, 0x20
+    return [
+        Instruction(LOAD, _argument(3)),
+        Instruction(JUMP_ANY_BIT, huge, 3),
+        Instruction(JUMP_ANY_BIT, shared, 0, 1),
+        Instruction(JUMP_ANY_BIT, anonymous, 1),
+        Instruction(RETURN, ALLOW),
+        Instruction(RETURN, REFUSE),
     ]
 
 
@@ -214,8 +238,7 @@ def _priority() -> Block:
 
 
 _CHECKS: dict[str, Block] = {
-    # No new namespace: CLONE_NEWNS, -CGROUP, -UTS, -IPC, -USER, -PID, -NET.
-    "clone": _no_bit(0, 0x7E020000, REFUSE),
+    "clone": _clone(),
     # AF_UNIX. A network namespace is no wall for AF_VSOCK, which reaches the hypervisor.
     "socket": _only(0, (1,), NO_FAMILY),
     "socketpair": _only(0, (1,), NO_FAMILY),
@@ -238,8 +261,7 @@ _CHECKS: dict[str, Block] = {
     # F_SETLEASE, F_NOTIFY, F_SETPIPE_SZ, which is the kernel's memory again, and F_OFD_SETLK and F_OFD_SETLKW, locks
     # that PID 1 could not count.
     "fcntl": _none(1, (1024, 1026, 1031, 37, 38), REFUSE),
-    # MAP_HUGETLB: memory that is not counted as anybody's.
-    "mmap": _no_bit(3, 0x40000, REFUSE),
+    "mmap": _mapping(),
 }
 
 
