@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -184,7 +184,8 @@ class PlannedStep:
 
         Raises `ExpressionError`, and `WorkflowError` when a value does not fit.
         """
-        values = self.params.evaluate(scope, self._written if self.foreign else None, self.type.prompts)
+        write = partial(self._written, scope) if self.foreign else None
+        values = self.params.evaluate(scope, write, self.type.prompts)
         assert isinstance(values, dict)
         try:
             checked: Params = self.type.params.model_validate(values | self.fixed)
@@ -194,10 +195,10 @@ class PlannedStep:
             ) from None
         return checked
 
-    def _written(self, paths: frozenset[Path], value: JsonValue) -> JsonValue:
+    def _written(self, scope: Mapping[str, JsonValue], paths: frozenset[Path], value: JsonValue) -> JsonValue:
         """Text that somebody else wrote, marked for whoever reads the prompt."""
         origins = sorted(self.foreign.intersection(path[0] for path in paths))
-        return marked(value, origins[0]) if origins else None
+        return marked(value, origins[0], scope.get(origins[0])) if origins else None
 
 
 @runtime_checkable
