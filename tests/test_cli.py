@@ -157,6 +157,18 @@ def test_inputs_are_read_by_the_types_that_the_workflow_declares(tmp_path: Path)
     assert both == {"integer": 1, "string": "a=b"}
 
 
+def test_an_input_may_be_what_is_in_a_file(tmp_path: Path) -> None:
+    declared = Workflow.of({
+        "name": "x", "inputs": {"csv": {"type": "string"}, "rows": {"type": "array"}}, "steps": {"a": GATE}
+    })  # fmt: skip
+    (tmp_path / "in").write_text("[1, 2]\n")
+    texts = [f"csv=@{tmp_path / 'in'}", f"rows=@{tmp_path / 'in'}"]
+    assert read_inputs(declared, texts) == {"csv": "[1, 2]\n", "rows": [1, 2]}
+    assert read_inputs(declared, ["csv=@@ada"]) == {"csv": "@ada"}
+    with pytest.raises(InputError, match=r"@ada: the file cannot be read: .*; a text .* is written 'csv=@@ada'"):
+        read_inputs(declared, ["csv=@ada"])
+
+
 @pytest.mark.parametrize(("content", "said"), [(None, "cannot be read"), ("{", "not JSON"), ("[1]", "a JSON object")])
 def test_a_file_of_inputs_that_is_none_is_named(tmp_path: Path, content: str | None, said: str) -> None:
     file = tmp_path / "in.json"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from fleet import Fleet, ended, happened
 from sandboxes import needs_sandbox
 
@@ -49,7 +50,8 @@ def fleet(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         {"match": {"contains": "KeyError: 'place'"}, "json": {"code": RIGHT}},
         {"match": {"contains": "The table begins: region,product,sold"}, "json": {"code": WRONG}},
     ]
-    with ModelServer({"rules": rules}) as models:
+    script = yaml.safe_load((EXAMPLE.parent / "stub_script.yaml").read_text(encoding="utf-8"))
+    with ModelServer({"rules": [*rules, *script["rules"]]}) as models:
         fleet = Fleet(redis_url, tmp_path_factory.mktemp("analysis"), models.environ)
         try:
             fleet.start()
@@ -73,6 +75,16 @@ def test_a_program_that_fails_is_written_again_and_its_chart_is_an_artifact(flee
     assert (chart["name"], chart["media_type"]) == ("chart.png", "image/png")
     data = process_artifacts().get(Ref(digest=chart["artifact"], size=0, media_type=""))
     _is_a_chart(data)
+
+
+@pytest.mark.timeout(240)
+def test_the_scripted_model_of_the_examples_has_a_program_for_a_table_of_ones_own(fleet: Fleet) -> None:
+    table = TABLE.replace("region,product", "place,what")
+    view = ended(ferrum.submit(EXAMPLE, {"csv": table}), 200)
+    assert view.status is RunStatus.COMPLETED, view
+    outputs: Any = view.outputs
+    assert outputs["answer"] == {"north": "coffee", "south": "tea"}
+    _is_a_chart(process_artifacts().get(Ref(digest=outputs["chart"]["artifact"], size=0, media_type="")))
 
 
 def _is_a_chart(png: bytes) -> None:

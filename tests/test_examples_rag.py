@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from fleet import Fleet, ended, happened
 
 import ferrum
@@ -74,7 +75,9 @@ RULES: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def models() -> Iterator[ModelServer]:
-    with ModelServer({"rules": RULES}) as server:
+    script = yaml.safe_load((EXAMPLES / "stub_script.yaml").read_text(encoding="utf-8"))
+    theirs = [{**rule, "match": {**rule["match"], "model": "scripted"}} for rule in script["rules"]]
+    with ModelServer({"rules": [*theirs, *RULES]}) as server:
         yield server
 
 
@@ -98,6 +101,21 @@ def answered(example: str, question: str, **input: Any) -> RunView:
 def outputs(view: RunView) -> Any:
     assert view.status is RunStatus.COMPLETED, view
     return view.outputs
+
+
+def by_the_script(example: str, question: str) -> Any:
+    """What comes of an example with the model that everybody can have."""
+    workflow = yaml.safe_load((EXAMPLES / example).read_text(encoding="utf-8"))
+    return outputs(ended(ferrum.submit(_with_model(workflow), {"question": question})))
+
+
+def _with_model(value: Any) -> Any:
+    if isinstance(value, dict):
+        named = {name: _with_model(inner) for name, inner in value.items()}
+        if value.get("type") == "llm":
+            return {**named, "model": "openai/scripted"}
+        return {**named, "rerank": "openai/scripted"} if "rerank" in value else named
+    return value
 
 
 def left(view: RunView, step: str) -> Any:
@@ -171,3 +189,14 @@ def test_small_talk_is_answered_without_the_documents(fleet: Fleet) -> None:
     view = answered("agentic_rag.yaml", "Good morning!")
     assert outputs(view) == {"answer": "Good morning to you!", "sources": []}
     assert not [event for event in happened(view.run_id, "act.decided") if event.kind == "retrieval"]
+
+
+def test_the_scripted_model_of_the_examples_answers_with_what_is_found_first(fleet: Fleet) -> None:
+    said = by_the_script("rag.yaml", "How long may unopened tea be returned?")
+    assert "Unopened tea may be returned within 45 days." in said["answer"]
+    assert said["sources"] == ["returns.md"]
+    said = by_the_script("agentic_rag.yaml", "How long may unopened tea be returned?")
+    assert "Unopened tea may be returned within 45 days." in said["answer"]
+    assert said["sources"][0] == "returns.md"
+    said = by_the_script("agentic_rag.yaml", "Good morning!")
+    assert said == {"answer": "Good day to you!", "sources": []}

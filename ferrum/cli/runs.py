@@ -158,7 +158,12 @@ def rerun_run(run_id: str, from_step: str | None, as_json: bool) -> None:
 @runs.command("fork")
 @run_id_argument
 @click.option(
-    "--input", "-i", "inputs", multiple=True, metavar="K=V", help="An input that differs, or @file.json; repeatable."
+    "--input",
+    "-i",
+    "inputs",
+    multiple=True,
+    metavar="K=V",
+    help="An input that differs, k=@file, or @file.json; repeatable.",
 )
 @as_json_option
 def fork_run(run_id: str, inputs: tuple[str, ...], as_json: bool) -> None:

@@ -76,7 +76,12 @@ def schema(as_json: bool) -> None:
 @click.command()
 @file_argument
 @click.option(
-    "--input", "-i", "inputs", multiple=True, metavar="K=V", help="An input, or @file.json for several; repeatable."
+    "--input",
+    "-i",
+    "inputs",
+    multiple=True,
+    metavar="K=V",
+    help="An input, k=@file, or @file.json for several; repeatable.",
 )
 @click.option("--detach", is_flag=True, help="Start it, print its id, and do not wait.")
 @click.option("--key", help="The same key within 24 h is the same run.")
