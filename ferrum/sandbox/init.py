@@ -45,7 +45,7 @@ _CAN_READ, _CAN_WRITE = 1, 4
 _MAY_FAIL = (4, 11, 12)  # RLIMIT_CORE, RLIMIT_SIGPENDING, RLIMIT_MSGQUEUE
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _MOST_REFUSED = 100
-_LOOKS = 3
+_LOOKS = 8
 _MOST_OPEN = 1024
 #: Characters of a path.
 LONGEST_PATH = 1000
@@ -555,14 +555,15 @@ class _Watch:
 
     def _look(self) -> str:
         """Whether it uses more than it may of what no limit of the kernel holds."""
-        memory, threads = self._memory(), 0
         for _ in range(_LOOKS):
+            memory, surely = self._memory()
+            if surely:
+                return "memory"
             if memory <= self._job["memory"]:
                 break
             # A process and its child that has not yet become another program (`vfork`) have one memory between them,
-            # which is seen twice. That passes.
-            sleep(0.001)
-            memory = self._memory()
+            # which is seen twice. That passes; where many threads start programs all the time, it takes a few looks.
+            sleep(0.002)
         else:
             return "memory"
         if _sockets() > self._job["sockets"] or self._kernel.keeps_too_much():
@@ -572,16 +573,16 @@ class _Watch:
             return "processes"
         return "disk" if self._fills_its_files() else ""
 
-    def _memory(self) -> int:
-        """Bytes that are in use by the job's processes."""
+    def _memory(self) -> tuple[int, bool]:
+        """Bytes that are in use by the job's processes, and whether one of them alone has more than it may."""
         processes = _processes()
         used = [_usage(pid)[0] for pid in processes]
-        memory = sum(used)
-        if memory > self._job["memory"] >= max(used):
+        memory, surely = sum(used), max(used, default=0) > self._job["memory"]
+        if memory > self._job["memory"] and not surely:
             # Only now, for it is slow: what processes share is counted once. One that hides that counts in full.
             memory = sum(_proportional(pid) for pid in processes)
         self._peak = max(self._peak, memory)
-        return memory
+        return memory, surely
 
     def _fills_its_files(self) -> bool:
         used, inodes = 0, 0
