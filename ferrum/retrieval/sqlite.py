@@ -160,7 +160,7 @@ class SqliteStore(Store):
             if clauses:
                 where, values = _where("source.id", clauses)
                 allowed = [row[0] for row in db.execute(f"SELECT id FROM source WHERE {where}", values)]  # noqa: S608
-        return matrix.nearest(vector, limit, allowed)
+            return _hits(db, matrix.nearest(vector, limit, allowed))
 
     def by_text(self, index: Index, query: str, limit: int, clauses: Clauses = ()) -> list[Hit]:
         # In quotes nothing is an operator; a quote is no part of a word.
@@ -175,8 +175,8 @@ class SqliteStore(Store):
         )
         with self._reading(index) as db:
             rows = db.execute(statement, (match, *values, limit)).fetchall()
-        # FTS5 gives the best the lowest number.
-        return sorted((Hit(id, -rank) for id, rank in rows), key=lambda hit: (-hit.score, hit.id))
+            # FTS5 gives the best the lowest number.
+            return _hits(db, sorted(((id, -rank) for id, rank in rows), key=lambda row: (-row[1], row[0])))
 
     def fetch(self, index: Index, ids: Sequence[ChunkId], *, vectors: bool = False) -> list[Found]:
         asking = (
@@ -359,6 +359,12 @@ def _in_batches(db: sqlite3.Connection, statement: str, values: Sequence[object]
         yield from db.execute(statement.format(_marks(part)), part)
 
 
+def _hits(db: sqlite3.Connection, ranked: Sequence[tuple[int, float]]) -> list[Hit]:
+    """Those of these ids and scores, in this order."""
+    digests = dict(_in_batches(db, "SELECT id, digest FROM chunk WHERE id IN ({})", [id for id, _ in ranked]))
+    return [Hit(id, score, digests[id]) for id, score in ranked]
+
+
 def _marks(values: Sequence[object]) -> str:
     return ",".join("?" * len(values))
 
@@ -436,7 +442,8 @@ class _Rows:
         ids = numpy.empty(0, numpy.int64)
         return cls(-1, ids, ids, numpy.empty(0, numpy.bool_), numpy.empty((0, 0), numpy.float32))
 
-    def nearest(self, vector: Vector, limit: int, sources: Sequence[int] | None) -> list[Hit]:
+    def nearest(self, vector: Vector, limit: int, sources: Sequence[int] | None) -> list[tuple[int, float]]:
+        """The ids of the nearest chunks and their cosines, the best first."""
         import numpy
 
         seen = self.alive if sources is None else self.alive & numpy.isin(self.sources, sources)
@@ -450,7 +457,7 @@ class _Rows:
             best = numpy.argpartition(-scores, limit - 1)[:limit]
             rows, scores = rows[best], scores[best]
         order = numpy.lexsort((self.ids[rows], -scores))
-        return [Hit(int(self.ids[rows[at]]), float(scores[at])) for at in order]
+        return [(int(self.ids[rows[at]]), float(scores[at])) for at in order]
 
 
 class _Matrix:

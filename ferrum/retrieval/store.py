@@ -100,6 +100,8 @@ class Hit:
     id: ChunkId
     #: More is better: the cosine (-1 to 1), or BM25 (0 or more, in the store's own scale).
     score: float
+    #: Of the chunk, so that what many sources have is known to be one without its text being read.
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
