@@ -190,6 +190,50 @@ def test_a_mistake_is_said_in_a_sentence_and_exits_with_2(ran: Run, arguments: l
     assert "Traceback" not in err
 
 
+def overwritten(file: Path) -> None:
+    file.write_bytes(b"no database" + file.read_bytes()[11:])
+
+
+def emptied(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:10_000])
+
+
+@pytest.mark.parametrize("broken", [overwritten, emptied, cut_off, Path.unlink])
+def test_an_index_whose_file_is_broken_is_named_and_can_be_dropped_while_the_others_go_on(
+    ran: Run, tmp_path: Path, broken: Callable[[Path], object]
+) -> None:
+    write(cats="# Cats\n\nThe cat purrs.")
+    ran("create", "bad", "--embedding", "none")
+    (file,) = tmp_path.glob("home/indexes/*/*.db")
+    for name in ("good", "other"):
+        ran("create", name, "--embedding", "none")
+        ran("add", name, "docs")
+    broken(file)
+    cure = "restore the file, or drop the index with 'ferrum index drop bad' and fill a new one\n"
+    status, out, err = ran("list")
+    assert (status, [line.split()[0] for line in out.splitlines()]) == (0, ["good", "other"])
+    assert err.startswith("index 'bad' ")
+    assert err.endswith(cure)
+    assert [one["name"] for one in json.loads(ran("list", "--json")[1])] == ["good", "other", "bad"]
+    assert json.loads(ran("list", "--json")[1])[-1]["unreadable"] + "\n" == err
+    for asked in (("add", "bad", "docs"), ("search", "bad", "cat")):
+        status, _, err = ran(*asked)
+        assert status != 0
+        assert "index 'bad' " in err
+        assert err.endswith(cure)
+    assert "is there already: drop it" in ran("create", "bad", "--embedding", "none")[2]
+    assert ran("search", "good", "cat")[1].startswith("1.000")
+    assert ran("drop", "bad") == (0, "dropped bad\n", "")
+    assert "there is no index 'bad'" in ran("drop", "bad")[2]
+    assert "create" not in ran("drop", "bad")[2]
+    assert ran("create", "bad", "--embedding", "none")[0] == 0
+    assert ran("add", "bad", "docs")[0] == 0
+
+
 def test_values_on_the_command_line_are_what_json_would_call_them() -> None:
     assert pairs("-m", ["a=1", "b=1.10", "c=true", "d=null", "e=x=y", "f=", "g=NaN", "h=1.5", "i=[1]", "a=two"]) == {
         "a": [1, "two"],

@@ -144,7 +144,9 @@ def test_a_full_disk_is_said_to_be_one_and_nothing_is_changed(
 
     with monkeypatch.context() as patch:
         patch.setattr(sqlite, "_connect", small)
-        with pytest.raises(Unavailable, match=r"no room is left for index file .*: nothing was changed"):
+        with pytest.raises(
+            Unavailable, match=r"no room is left for index 'docs' .*: what was put into it before stays"
+        ):
             store.put(one, [update("a", *((f"word{number} " * 50, Y) for number in range(500)))])
         assert near(store, one) == {"first"}
         assert store.by_text(one, "word1", 5) == []
@@ -159,7 +161,7 @@ def test_a_damaged_file_is_said_to_be_one(store: SqliteStore, tmp_path: Path) ->
     store.close()
     (path,) = tmp_path.glob("*/*.db")
     path.write_bytes(b"no database" * 1000)
-    with pytest.raises(Unavailable, match=r"is damaged .*restore it, or drop the index"):
+    with pytest.raises(Unavailable, match=r"index 'docs' is damaged .*: restore the file, or drop"):
         store.counts(one)
     store.drop(one)
     assert list(tmp_path.glob("*/*.db*")) == []

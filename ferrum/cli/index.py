@@ -166,14 +166,17 @@ def list_indexes(as_json: bool) -> None:
     """List what indexes there are, and how much is in them."""
     from ferrum.retrieval import embedders
 
-    found = _on_indexes(lambda indexes, tenant: indexes.list(tenant))
+    found, unreadable = _on_indexes(lambda indexes, tenant: (indexes.list(tenant), indexes.unreadable(tenant)))
     if as_json:
-        show_json([_value(one, counts) for one, counts in found])
+        wrong = [{"name": name, "unreadable": why} for name, why in unreadable.items()]
+        show_json([*(_value(one, counts) for one, counts in found), *wrong])
         return
     for one, counts in found:
         held = f"{counts.sources:>7,} documents {counts.chunks:>9,} chunks"
         click.echo(f"{one.name:<20}  {held}  {one.embedding} ({embedders.about(one.embedding)})")
-    if not found:
+    for why in unreadable.values():
+        click.echo(why, err=True)
+    if not found and not unreadable:
         click.echo("no indexes yet: make one with 'ferrum index create NAME'", err=True)
 
 

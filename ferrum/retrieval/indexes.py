@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 from pydantic import JsonValue
 from ulid import ULID
 
-from ferrum.errors import Conflict, InputError, NotFound, SettingsError
+from ferrum.errors import Conflict, InputError, NotFound, SettingsError, Unavailable
 from ferrum.governance.acts import Ingest, IngestReply, Search, SearchReply
 from ferrum.retrieval import embedders
 from ferrum.retrieval import search as searching
@@ -111,7 +111,7 @@ class Indexes:
         return self.store.describe(tenant, name)
 
     def list(self, tenant: str) -> list[tuple[Index, Counts]]:
-        """All of a tenant's indexes, by name, and how much is in them."""
+        """All of a tenant's indexes, by name, and how much is in them; but not those that are `unreadable`."""
         found = []
         for index in self.store.indexes(tenant):
             try:
@@ -119,11 +119,19 @@ class Indexes:
             except NotFound:
                 # Dropped since.
                 continue
+            except Unavailable:
+                if index.name not in self.store.unreadable(tenant):
+                    raise
         return found
 
+    def unreadable(self, tenant: str) -> dict[str, str]:
+        """The names of a tenant's indexes that cannot be read, as a file may be damaged: why, and what to do."""
+        return self.store.unreadable(tenant)
+
     def drop(self, tenant: str, name: str) -> None:
-        """Forget an index and all that is in it. Raises `NotFound`."""
-        self.store.drop(self.describe(tenant, name))
+        """Forget an index and all that is in it, also one that cannot be read. Raises `NotFound`."""
+        _check_name(name)
+        self.store.discard(tenant, name)
 
     async def add(
         self,
