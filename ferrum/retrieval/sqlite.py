@@ -279,16 +279,23 @@ class SqliteStore(Store):
                 # What is still open of it would take what is written and be gone with it.
                 self._let_go(path.stem)
                 raise _lost(name, path)
+            unlocked = _unlocked(path)
             with self._lock:
-                idle = self._idle.get(path.stem)
+                idle = self._idle.get(path.stem) if unlocked is None else None
                 db = idle.pop() if idle else None
-            db = db or _connect(path)
+            db = db or _connect(path, immutable=unlocked is not None)
             try:
                 yield db
             except BaseException:
                 # Closing rolls back what was begun.
                 db.close()
                 raise
+            if unlocked is not None:
+                db.close()
+                if unlocked != _unlocked(path):
+                    self._let_go(path.stem)
+                    raise Unavailable(f"index {name!r} was changed while it was read: try again")
+                return
             with self._lock:
                 kept = self._idle.setdefault(path.stem, [])
                 if len(kept) < _IDLE:
@@ -324,32 +331,60 @@ class SqliteStore(Store):
             raise Unavailable(_sentence(error, name, path)) from error
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def _connect(path: Path, *, immutable: bool) -> sqlite3.Connection:
     # Never one that is not there: it was dropped in this moment.
+    how = "mode=ro&immutable=1" if immutable else "mode=rw"
     db = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=_PATIENCE_S, isolation_level=None,
+        f"{path.absolute().as_uri()}?{how}", uri=True, timeout=_PATIENCE_S, isolation_level=None,
         check_same_thread=False,
     )  # fmt: skip
     db.execute("PRAGMA synchronous = FULL")
     return db
 
 
+def _unlocked(path: Path) -> tuple[int, int] | None:
+    """By what it is seen that a file has changed that SQLite can read, but not lock; `None` for one that it can lock.
+
+    Readers of a file in WAL mode lock another one beside it. On a read-only store they can do so while a writer has it
+    open elsewhere; else there is none, and none can be made.
+    """
+    if os.access(path.parent, os.W_OK) or _is_filled(_log(path)):
+        return None
+    now = path.stat()
+    return now.st_mtime_ns, now.st_size
+
+
+def _log(path: Path) -> Path:
+    """Where SQLite keeps what is committed and not in the file itself yet."""
+    return path.with_name(f"{path.name}-wal")
+
+
+def _is_filled(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
+
+
 def _sentence(error: Exception, name: str, path: Path) -> str:
     if isinstance(error, OSError):
         return f"the index store cannot use {str(error.filename or path)!r}: {error.strerror}"
-    what, file = str(error), f"file {str(path)!r}"
-    if "full" in what:
+    what, index = str(error), f"index {name!r} (file {str(path)!r})"
+    said = {
+        ("full",): f"has no room left: {_STAYS}; make room and do the same again",
+        _DAMAGE: f"is damaged ({what}): {_CURE.format(name)}",
+        ("locked",): f"was in use by other writers for {_PATIENCE_S:g} s: try again",
+        ("readonly",): "cannot be changed, for its store is read-only",
+    }
+    for signs, sentence in said.items():
+        if any(sign in what for sign in signs):
+            return f"{index} {sentence}"
+    if "unable to open" in what and _is_filled(_log(path)):
         return (
-            f"no room is left for index {name!r} ({file}): what was put into it before stays; make room and do the "
-            "same again"
+            f"{index} is in a store that is read-only, and was not closed by who wrote it last: use it once where it "
+            "can be written, as by 'ferrum index list'"
         )
-    if any(sign in what for sign in _DAMAGE):
-        return f"index {name!r} is damaged ({file}: {what}): {_CURE.format(name)}"
-    if "locked" in what:
-        return f"index {name!r} ({file}) was in use by other writers for {_PATIENCE_S:g} s: try again"
-    return f"index {name!r} cannot be used ({file}: {what}); what was put into it before stays"
+    return f"{index} cannot be used ({what}); {_STAYS}"
 
 
+_STAYS: Final = "what was put into it before stays"
 #: What SQLite says of a file that it cannot make sense of; an empty one is to it a database without tables.
 _DAMAGE: Final = ("malformed", "not a database", "no such table", "no such column", "unsupported file format")
 _CURE: Final = "restore the file, or drop the index with 'ferrum index drop {}' and fill a new one"
