@@ -155,7 +155,8 @@ def test_a_providers_model_is_asked_with_the_key_of_the_environment(ran: Run) ->
     ):
         status, _, err = ran("search", "pets", "the cat purrs")
         assert status == 2
-        assert "model 'openai/text-embedding-3-small' has no key that works" in err
+        assert "model 'openai/text-embedding-3-small' has no key that works: set its provider's key in the " in err
+        assert "environment it is asked from, in a run the worker's (" in err
 
 
 @pytest.mark.parametrize(
@@ -174,8 +175,11 @@ def test_a_providers_model_is_asked_with_the_key_of_the_environment(ran: Run) ->
         (["search", "docs", ""], "the query to index 'docs' is empty"),
         (["search", "docs", "x", "--mode", "vector"], "has no vectors"),
         (["search", "docs", "x", "--mode", "magic"], "'magic' is not one of"),
-        (["search", "docs", "x", "--top-k", "0"], "0 is not in the range"),
-        (["search", "docs", "x", "--min-score", "2"], "2.0 is not in the range"),
+        (["search", "docs", "x", "--top-k", "0"], "top_k is 0: let it be a whole number from 1 to 100"),
+        (["search", "docs", "x", "--top-k", "101"], "top_k is 101: let it be a whole number from 1 to 100"),
+        (["search", "docs", "x", "--min-score", "2"], "min_score is 2.0: let it be a number from 0 to 1"),
+        (["search", "docs", "x", "--min-score", "nan"], "min_score is nan: let it be a number from 0 to 1"),
+        (["search", "docs", "x", "--diversity", "nan"], "diversity is nan: let it be a number from 0 to 1"),
         (["search", "docs", "x", "--filter", "x"], "--filter 'x': write name=value"),
         (["search", "dogs", "x"], "there is no index 'dogs' (did you mean 'docs'?)"),
         (["drop", "dogs"], "there is no index 'dogs'"),
@@ -188,6 +192,23 @@ def test_a_mistake_is_said_in_a_sentence_and_exits_with_2(ran: Run, arguments: l
     assert (status, out) == (2, "")
     assert said in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("foo", "FERRUM_INDEXES is not the URL of a store: write file:///path, postgresql://"),
+        ("ftp://host", "FERRUM_INDEXES is not the URL of a store, and begins with 'ftp://': write file:///path"),
+        ("file://{here}/a.md", "/a.md' is no directory: name another with FERRUM_INDEXES"),
+        ("file://{here}/a.md/indexes", "/a.md' is no directory: name another with FERRUM_INDEXES"),
+    ],
+)
+def test_what_names_no_store_is_refused_and_not_taken_for_an_empty_one(ran: Run, url: str, said: str) -> None:
+    Path("a.md").write_text("text")
+    with environment({"FERRUM_INDEXES": url.format(here=Path.cwd())}):
+        status, out, err = ran("list")
+    assert (status, out) == (2, "")
+    assert said in err
 
 
 def overwritten(file: Path) -> None:

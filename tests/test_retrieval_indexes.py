@@ -193,6 +193,25 @@ def test_scores_say_what_they_are_said_to(indexes: Indexes) -> None:
     assert sources(find(indexes, "alpha", mode="text", filter={"source": ["b.txt", "c.txt"]})) == ["b.txt"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"top_k": 0}, "top_k is 0: let it be a whole number from 1 to 100"),
+        ({"top_k": 101}, "top_k is 101: let it be a whole number from 1 to 100"),
+        ({"mode": "zz"}, "mode is 'zz': let it be 'hybrid', 'vector' or 'text'"),
+        ({"min_score": 7}, "min_score is 7: let it be a number from 0 to 1"),
+        ({"min_score": float("nan")}, "min_score is nan: let it be a number from 0 to 1"),
+        ({"diversity": float("nan")}, "diversity is nan: let it be a number from 0 to 1"),
+        ({"topk": 3}, "a search has no 'topk' (did you mean 'top_k'?)"),
+        ({"query": 3}, "query is 3: input should be a valid string"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused_in_a_sentence(asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError) as refused:
+        Search(**{"index": "docs", "query": "x", **asked})
+    assert str(refused.value) == said
+
+
 @pytest.mark.parametrize("mode", ["hybrid", "vector", "text"])
 def test_what_has_nothing_in_common_with_the_query_is_not_found(indexes: Indexes, mode: str) -> None:
     indexes.create("default", "docs", "lexical")
@@ -632,5 +651,5 @@ def test_where_no_more_can_be_written_it_is_said_and_what_was_there_stays(indexe
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(Unavailable, match=r"the index store cannot use '.*file"):
+    with pytest.raises(SettingsError, match=r"file' is no directory"):
         Indexes.of(Settings(indexes=f"file://{tmp_path}/file")).create("default", "docs", "none")

@@ -616,7 +616,7 @@ def test_the_settings_name_the_store(url: str, kind: str, address: str) -> None:
 
 def test_a_url_of_no_store_is_refused_without_its_password() -> None:
     for url in ("mysql://ada:pw12345@db/x", "qdrant+http://", "file://host/x"):
-        with pytest.raises(SettingsError, match="which is no store") as caught:
+        with pytest.raises(SettingsError, match="is not the URL of a store") as caught:
             open_named(read({"FERRUM_INDEXES": url}))
         assert "pw12345" not in str(caught.value)
 

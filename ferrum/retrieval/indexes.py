@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
@@ -218,8 +219,9 @@ def open_store(settings: Settings) -> Store:
             address = f"{parts.scheme.removeprefix('qdrant+')}://{host}{parts.path}"
             return QdrantStore(address, api_key=unquote(parts.password) if parts.password else None)
     # The rest is not shown: it may hold a password.
+    begins = f", and begins with {parts.scheme + '://'!r}" if parts.scheme else ""
     raise SettingsError(
-        f"FERRUM_INDEXES begins with {parts.scheme + '://'!r}, which is no store: write file:///path, "
+        f"FERRUM_INDEXES is not the URL of a store{begins}: write file:///path, "
         "postgresql://user:password@host/database, or qdrant+https://:key@host:6333"
     )
 
@@ -230,6 +232,12 @@ def _need(module: str, extra: str) -> None:
 
 
 def _directory(path: Path) -> Store:
+    there = next((one for one in (path, *path.parents) if os.path.lexists(one)), path)
+    if not there.is_dir():
+        raise SettingsError(
+            f"indexes are to be kept in {str(path)!r}, and {str(there)!r} is no directory: name another with "
+            "FERRUM_INDEXES"
+        )
     from ferrum.retrieval.sqlite import SqliteStore
 
     return SqliteStore(path)
