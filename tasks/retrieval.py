@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 from pydantic import Field, JsonValue
 
-from ferrum.governance.acts import Document, Search
+from ferrum.governance.acts import MOST_FOUND, Document, Search
 from ferrum.models import prices
 from ferrum.models.choice import default_model
 from ferrum.retrieval import grading
@@ -15,14 +15,14 @@ from ferrum.settings import settings
 from ferrum.steps import Attempt, Params, StepType
 from ferrum.workflow import Retry
 
-#: So many times as many as are wanted are looked at where a model grades them.
+#: So many times as many as are wanted, if one search finds so many, are looked at where a model grades them.
 _WIDER: Final = 3
 
 
 class RetrievalParams(Params):
     index: str = Field(min_length=1, description="The index that is searched, one of the run's tenant.")
     query: str = Field(min_length=1, description="What is looked for, in words.")
-    top_k: int = Field(5, ge=1, le=100, description="At most so many documents.")
+    top_k: int = Field(5, ge=1, le=MOST_FOUND, description=f"At most so many documents, 1 to {MOST_FOUND}.")
     mode: Literal["hybrid", "vector", "text"] = Field(
         "hybrid", description="By words and by meaning together, or by one of both."
     )
@@ -57,7 +57,8 @@ class Retrieval(StepType[RetrievalParams]):
 
 
 async def _reranked(search: Search, by: str | Literal[True], attempt: Attempt) -> tuple[Document, ...]:
-    wider = search.model_copy(update={"top_k": search.top_k * _WIDER, "min_score": None})
+    most = min(search.top_k * _WIDER, MOST_FOUND)
+    wider = search.model_copy(update={"top_k": most, "min_score": None})
     found = (await attempt.perform(wider)).documents
     if not found:
         return ()

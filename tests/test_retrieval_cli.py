@@ -155,7 +155,8 @@ def test_a_providers_model_is_asked_with_the_key_of_the_environment(ran: Run) ->
     ):
         status, _, err = ran("search", "pets", "the cat purrs")
         assert status == 2
-        assert "model 'openai/text-embedding-3-small' has no key that works" in err
+        assert "model 'openai/text-embedding-3-small' has no key that works: set its provider's key in the " in err
+        assert "environment it is asked from, in a run the worker's (" in err
 
 
 @pytest.mark.parametrize(
@@ -174,8 +175,11 @@ def test_a_providers_model_is_asked_with_the_key_of_the_environment(ran: Run) ->
         (["search", "docs", ""], "the query to index 'docs' is empty"),
         (["search", "docs", "x", "--mode", "vector"], "has no vectors"),
         (["search", "docs", "x", "--mode", "magic"], "'magic' is not one of"),
-        (["search", "docs", "x", "--top-k", "0"], "0 is not in the range"),
-        (["search", "docs", "x", "--min-score", "2"], "2.0 is not in the range"),
+        (["search", "docs", "x", "--top-k", "0"], "top_k is 0: let it be a whole number from 1 to 100"),
+        (["search", "docs", "x", "--top-k", "101"], "top_k is 101: let it be a whole number from 1 to 100"),
+        (["search", "docs", "x", "--min-score", "2"], "min_score is 2.0: let it be a number from 0 to 1"),
+        (["search", "docs", "x", "--min-score", "nan"], "min_score is nan: let it be a number from 0 to 1"),
+        (["search", "docs", "x", "--diversity", "nan"], "diversity is nan: let it be a number from 0 to 1"),
         (["search", "docs", "x", "--filter", "x"], "--filter 'x': write name=value"),
         (["search", "dogs", "x"], "there is no index 'dogs' (did you mean 'docs'?)"),
         (["drop", "dogs"], "there is no index 'dogs'"),
@@ -188,6 +192,67 @@ def test_a_mistake_is_said_in_a_sentence_and_exits_with_2(ran: Run, arguments: l
     assert (status, out) == (2, "")
     assert said in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("foo", "FERRUM_INDEXES is not the URL of a store: write file:///path, postgresql://"),
+        ("ftp://host", "FERRUM_INDEXES is not the URL of a store, and begins with 'ftp://': write file:///path"),
+        ("file://{here}/a.md", "/a.md' is no directory: name another with FERRUM_INDEXES"),
+        ("file://{here}/a.md/indexes", "/a.md' is no directory: name another with FERRUM_INDEXES"),
+    ],
+)
+def test_what_names_no_store_is_refused_and_not_taken_for_an_empty_one(ran: Run, url: str, said: str) -> None:
+    Path("a.md").write_text("text")
+    with environment({"FERRUM_INDEXES": url.format(here=Path.cwd())}):
+        status, out, err = ran("list")
+    assert (status, out) == (2, "")
+    assert said in err
+
+
+def overwritten(file: Path) -> None:
+    file.write_bytes(b"no database" + file.read_bytes()[11:])
+
+
+def emptied(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:10_000])
+
+
+@pytest.mark.parametrize("broken", [overwritten, emptied, cut_off, Path.unlink])
+def test_an_index_whose_file_is_broken_is_named_and_can_be_dropped_while_the_others_go_on(
+    ran: Run, tmp_path: Path, broken: Callable[[Path], object]
+) -> None:
+    write(cats="# Cats\n\nThe cat purrs.")
+    ran("create", "bad", "--embedding", "none")
+    (file,) = tmp_path.glob("home/indexes/*/*.db")
+    for name in ("good", "other"):
+        ran("create", name, "--embedding", "none")
+        ran("add", name, "docs")
+    broken(file)
+    cure = "restore the file, or drop the index with 'ferrum index drop bad' and fill a new one\n"
+    status, out, err = ran("list")
+    assert (status, [line.split()[0] for line in out.splitlines()]) == (0, ["good", "other"])
+    assert err.startswith("index 'bad' ")
+    assert err.endswith(cure)
+    assert [one["name"] for one in json.loads(ran("list", "--json")[1])] == ["good", "other", "bad"]
+    assert json.loads(ran("list", "--json")[1])[-1]["unreadable"] + "\n" == err
+    for asked in (("add", "bad", "docs"), ("search", "bad", "cat")):
+        status, _, err = ran(*asked)
+        assert status != 0
+        assert "index 'bad' " in err
+        assert err.endswith(cure)
+    assert "is there already: drop it" in ran("create", "bad", "--embedding", "none")[2]
+    assert ran("search", "good", "cat")[1].startswith("1.000")
+    assert ran("drop", "bad") == (0, "dropped bad\n", "")
+    assert "there is no index 'bad'" in ran("drop", "bad")[2]
+    assert "create" not in ran("drop", "bad")[2]
+    assert ran("create", "bad", "--embedding", "none")[0] == 0
+    assert ran("add", "bad", "docs")[0] == 0
 
 
 def test_values_on_the_command_line_are_what_json_would_call_them() -> None:

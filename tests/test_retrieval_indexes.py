@@ -107,8 +107,24 @@ def test_only_what_changed_is_embedded_again(indexes: Indexes) -> None:
 def test_a_text_that_several_sources_have_is_found_once(indexes: Indexes) -> None:
     indexes.create("default", "docs", "lexical")
     add(indexes, [*PAPERS, Original("copy.md", PAPERS[0].content)])
-    assert sorted(sources(find(indexes, "cat", mode="vector", top_k=9)))[:2] == ["cats.md", "dogs.md"]
+    assert sources(find(indexes, "cat", mode="vector", top_k=9)) == ["cats.md"]
     assert len(find(indexes, "cat", mode="text")) == 1
+
+
+@pytest.mark.parametrize("asked", [{}, {"filter": {"kind": "code"}}, {"min_score": 0.001}, {"diversity": 0.5}])
+@pytest.mark.parametrize("mode", ["hybrid", "vector", "text"])
+def test_what_very_many_sources_have_does_not_crowd_out_the_other_answers(
+    indexes: Indexes, mode: str, asked: dict[str, Any]
+) -> None:
+    indexes.create("default", "docs", "openai/scripted")
+    embed = Embedder()
+    licence = [Original(f"{number}/LICENSE", "licence licence", {"kind": "code"}) for number in range(300)]
+    others = [Original(f"{number}.md", f"licence number{number}", {"kind": "code"}) for number in range(6)]
+    # One vector for all that say the same.
+    assert add(indexes, [*licence, *others], embed=embed).embedded == 7
+    found = find(indexes, "licence", mode=mode, top_k=5, embed=embed, **asked)
+    assert len({one.text for one in found}) == len(found) == 5
+    assert sources(found)[0] == "0/LICENSE"
 
 
 def test_vectors_are_made_in_batches(indexes: Indexes) -> None:
@@ -166,7 +182,7 @@ def test_scores_say_what_they_are_said_to(indexes: Indexes) -> None:
     )
     vector = {one.source: one.score for one in find(indexes, "alpha beta", mode="vector", embed=embed)}
     expected = numpy.dot(scripted_vector("alpha beta"), scripted_vector("alpha gamma"))
-    assert vector == pytest.approx({"a.txt": 1.0, "b.txt": max(0.0, expected), "c.txt": 0.0}, abs=1e-5)
+    assert vector == pytest.approx({"a.txt": 1.0, "b.txt": expected}, abs=1e-5)
     text = find(indexes, "alpha beta", mode="text")
     assert sources(text) == ["a.txt", "b.txt"]
     assert text[0].score == 1
@@ -177,8 +193,35 @@ def test_scores_say_what_they_are_said_to(indexes: Indexes) -> None:
     assert sources(find(indexes, "alpha", mode="text", filter={"source": ["b.txt", "c.txt"]})) == ["b.txt"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"top_k": 0}, "top_k is 0: let it be a whole number from 1 to 100"),
+        ({"top_k": 101}, "top_k is 101: let it be a whole number from 1 to 100"),
+        ({"mode": "zz"}, "mode is 'zz': let it be 'hybrid', 'vector' or 'text'"),
+        ({"min_score": 7}, "min_score is 7: let it be a number from 0 to 1"),
+        ({"min_score": float("nan")}, "min_score is nan: let it be a number from 0 to 1"),
+        ({"diversity": float("nan")}, "diversity is nan: let it be a number from 0 to 1"),
+        ({"topk": 3}, "a search has no 'topk' (did you mean 'top_k'?)"),
+        ({"query": 3}, "query is 3: input should be a valid string"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused_in_a_sentence(asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError) as refused:
+        Search(**{"index": "docs", "query": "x", **asked})
+    assert str(refused.value) == said
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "vector", "text"])
+def test_what_has_nothing_in_common_with_the_query_is_not_found(indexes: Indexes, mode: str) -> None:
+    indexes.create("default", "docs", "lexical")
+    add(indexes, PAPERS)
+    assert find(indexes, "?!", mode=mode) == []
+
+
 def test_rankings_are_fused_by_their_ranks() -> None:
-    by_text, by_vector = [Hit(1, 9.0), Hit(2, 8.0)], [Hit(3, 0.9), Hit(1, 0.8)]
+    # 1 and 4 are sources of one text.
+    by_text, by_vector = [Hit(1, 9.0, "a"), Hit(2, 8.0, "b")], [Hit(3, 0.9, "c"), Hit(4, 0.8, "a")]
     found = fused([(by_text, 1.0), (by_vector, 1.0)])
     assert [hit.id for hit in found] == [1, 3, 2]
     scores = {hit.id: hit.score for hit in found}
@@ -599,7 +642,7 @@ def test_where_no_more_can_be_written_it_is_said_and_what_was_there_stays(indexe
     add(indexes, PAPERS)
     indexes.close()
     said = output(_FILL, str(tmp_path), "400000")
-    assert "nothing was changed in it" in said
+    assert "what was put into it before stays" in said
     assert sources(find(indexes, "cat"))[0] == "cats.md"
     add(indexes, [Original("small.txt", "more words")])
     assert find(indexes, "more words", mode="text")
@@ -608,5 +651,5 @@ def test_where_no_more_can_be_written_it_is_said_and_what_was_there_stays(indexe
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(Unavailable, match=r"the index store cannot use '.*file"):
+    with pytest.raises(SettingsError, match=r"file' is no directory"):
         Indexes.of(Settings(indexes=f"file://{tmp_path}/file")).create("default", "docs", "none")

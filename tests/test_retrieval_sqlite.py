@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import shutil
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
 import pytest
 
 from ferrum.errors import NotFound, Unavailable
-from ferrum.retrieval import sqlite
+from ferrum.retrieval import Indexes, Original, sqlite
 from ferrum.retrieval.sqlite import SqliteStore
 from ferrum.retrieval.store import Chunk, Index, Source, Update, Vector, clauses
 
@@ -135,8 +142,8 @@ def test_a_full_disk_is_said_to_be_one_and_nothing_is_changed(
     store.close()
     connect = sqlite._connect
 
-    def small(path: Path) -> sqlite3.Connection:
-        db = connect(path)
+    def small(path: Path, *, immutable: bool) -> sqlite3.Connection:
+        db = connect(path, immutable=immutable)
         # SQLite says of this what it says of a disk that is full.
         pages = db.execute("PRAGMA page_count").fetchone()[0]
         db.execute(f"PRAGMA max_page_count = {pages + 5}")
@@ -144,7 +151,7 @@ def test_a_full_disk_is_said_to_be_one_and_nothing_is_changed(
 
     with monkeypatch.context() as patch:
         patch.setattr(sqlite, "_connect", small)
-        with pytest.raises(Unavailable, match=r"no room is left for index file .*: nothing was changed"):
+        with pytest.raises(Unavailable, match=r"index 'docs' .* has no room left: what was put into it before stays"):
             store.put(one, [update("a", *((f"word{number} " * 50, Y) for number in range(500)))])
         assert near(store, one) == {"first"}
         assert store.by_text(one, "word1", 5) == []
@@ -159,10 +166,96 @@ def test_a_damaged_file_is_said_to_be_one(store: SqliteStore, tmp_path: Path) ->
     store.close()
     (path,) = tmp_path.glob("*/*.db")
     path.write_bytes(b"no database" * 1000)
-    with pytest.raises(Unavailable, match=r"is damaged .*restore it, or drop the index"):
+    with pytest.raises(Unavailable, match=r"index 'docs' .* is damaged .*: restore the file, or drop"):
         store.counts(one)
     store.drop(one)
     assert list(tmp_path.glob("*/*.db*")) == []
+
+
+_READ_ONLY = """
+set -e
+mount --bind "$1" "$1"
+mount -o remount,ro,bind "$1"
+shift
+for asked in "$@"
+do
+    "$PYTHON" -m ferrum index $asked 2>&1 || echo "exit $?"
+done
+"""
+
+
+def on_a_read_only_mount(folder: Path, *asked: str) -> str:
+    """What `ferrum index` says to each of these; skips the test where nobody may mount."""
+    mine = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*mine, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no user may mount here")
+    command = [*mine, _READ_ONLY, "sh", str(folder), *asked]
+    environ = {"PYTHON": sys.executable, "FERRUM_INDEXES": f"file://{folder}", "FERRUM_TENANT": "default"}
+    return subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **environ}).stdout
+
+
+@pytest.mark.parametrize("writing", [False, True], ids=["alone", "beside a writer"])
+def test_a_read_only_store_can_be_searched_and_says_what_it_is_when_it_is_to_change(
+    tmp_path: Path, writing: bool
+) -> None:
+    folder = tmp_path / "indexes"
+    indexes = Indexes(SqliteStore(folder))
+    indexes.create("default", "docs", "lexical")
+    asyncio.run(indexes.add("default", "docs", [Original("cats.md", "the cat purrs")]))
+    if not writing:
+        indexes.close()
+    assert bool(list(folder.glob("*/*-wal"))) is writing
+    searches = [f"search docs purrs --mode {mode}" for mode in ("vector", "text")]
+    said = on_a_read_only_mount(folder, "list", *searches, "add docs .", "drop docs", "create new")
+    listed, rest = said.split("\n", 1)
+    assert listed.split()[:5] == ["docs", "1", "documents", "1", "chunks"]
+    assert rest.count("cats.md:1\n       the cat purrs") == 2
+    assert "cannot be changed, for its store is read-only" in rest
+    assert rest.count("Read-only file system") == 2
+    assert rest.count("exit ") == 3
+    indexes.close()
+
+
+def test_a_read_only_copy_of_what_a_writer_had_open_has_to_be_closed_where_it_can_be_written(
+    store: SqliteStore, tmp_path: Path
+) -> None:
+    store.put(created(store), [update("a", ("x", X))])
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path, copy, symlinks=True, ignore=shutil.ignore_patterns("*-shm"))
+    said = on_a_read_only_mount(copy, "list")
+    assert said.startswith("index 'docs' (file")
+    assert "read-only, and was not closed by who wrote it last: use it once where it can be written" in said
+    copied = SqliteStore(copy)
+    assert near(copied, copied.describe("default", "docs")) == {"x"}
+    copied.close()
+
+
+def test_a_file_that_changed_while_it_could_not_be_locked_is_not_trusted(
+    store: SqliteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = created(store)
+    store.close()
+    (path,) = tmp_path.glob("*/*.db")
+
+    def changed(db: sqlite3.Connection) -> Index:
+        os.utime(path, ns=(1, 1))
+        return one
+
+    with in_which_nothing_can_be_written(monkeypatch):
+        assert near(store, one) == set()
+        with monkeypatch.context() as patch:
+            patch.setattr(sqlite, "_pinned", changed)
+            with pytest.raises(Unavailable, match="index 'docs' was changed while it was read: try again"):
+                store.describe("default", "docs")
+        assert store.describe("default", "docs") == one
+
+
+@contextmanager
+def in_which_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As root, permissions would not do."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)
+        yield
 
 
 def test_what_a_killed_creator_left_is_cleared_away_by_the_next(store: SqliteStore, tmp_path: Path) -> None:

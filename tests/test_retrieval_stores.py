@@ -12,6 +12,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ from hypothesis import strategies as st
 from pydantic import JsonValue
 
 from ferrum.errors import Conflict, NotFound, SettingsError
+from ferrum.governance.acts import Search
 from ferrum.retrieval.indexes import open_store as open_named
+from ferrum.retrieval.search import find
 from ferrum.retrieval.store import (
     TEXT_ONLY,
     Chunk,
@@ -383,6 +386,20 @@ def test_any_text_and_any_name_comes_back_as_it_was(store: Store, text: str) -> 
     assert store.counts(index).sources == 0
 
 
+@pytest.mark.parametrize("mode", ["hybrid", "vector", "text"])
+def test_a_search_finds_as_many_texts_as_it_asks_for_however_many_sources_have_the_first(
+    store: Store, mode: Literal["hybrid", "vector", "text"]
+) -> None:
+    index = new_index(store)
+    copies = [update(f"{number}.md", piece("word word", EAST)) for number in range(250)]
+    others = [update(f"other{number}.md", piece(f"word {number}", unit(1, 1, 0, number))) for number in range(4)]
+    store.put(index, [*copies, *others])
+    asked = Search(index=index.name, query="word", mode=mode, top_k=4)
+    found = find(store, index, asked, EAST if mode != "text" else None).documents
+    assert [one.text for one in found][:1] == ["word word"]
+    assert len({one.text for one in found}) == len(found) == 4
+
+
 # Searching by meaning.
 
 
@@ -599,7 +616,7 @@ def test_the_settings_name_the_store(url: str, kind: str, address: str) -> None:
 
 def test_a_url_of_no_store_is_refused_without_its_password() -> None:
     for url in ("mysql://ada:pw12345@db/x", "qdrant+http://", "file://host/x"):
-        with pytest.raises(SettingsError, match="which is no store") as caught:
+        with pytest.raises(SettingsError, match="is not the URL of a store") as caught:
             open_named(read({"FERRUM_INDEXES": url}))
         assert "pw12345" not in str(caught.value)
 

@@ -122,14 +122,14 @@ def _sentence(added: Added) -> str:
 @index.command("search")
 @_name
 @click.argument("query")
-@click.option("--top-k", type=click.IntRange(1, 1000), default=5, show_default=True, help="At most so many documents.")
+@click.option("--top-k", type=int, default=5, show_default=True, help="At most so many documents.")
 @click.option(
     "--mode", type=click.Choice(["hybrid", "vector", "text"]), default="hybrid", show_default=True,
     help="By words and meaning, by meaning, or by words.",
 )  # fmt: skip
 @click.option("--filter", "-f", "filters", multiple=True, metavar="K=V", help="Metadata to have; repeatable.")
-@click.option("--min-score", type=click.FloatRange(0, 1), help="Leave out documents with a lower score.")
-@click.option("--diversity", type=click.FloatRange(0, 1), help="From 0, the nearest, to 1, unlike each other.")
+@click.option("--min-score", type=float, help="Leave out documents with a lower score, which is from 0 to 1.")
+@click.option("--diversity", type=float, help="From 0, the nearest, to 1, unlike each other.")
 @as_json_option
 def search_index(name: str, query: str, *, filters: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Print the documents that answer a query best."""
@@ -166,14 +166,17 @@ def list_indexes(as_json: bool) -> None:
     """List what indexes there are, and how much is in them."""
     from ferrum.retrieval import embedders
 
-    found = _on_indexes(lambda indexes, tenant: indexes.list(tenant))
+    found, unreadable = _on_indexes(lambda indexes, tenant: (indexes.list(tenant), indexes.unreadable(tenant)))
     if as_json:
-        show_json([_value(one, counts) for one, counts in found])
+        wrong = [{"name": name, "unreadable": why} for name, why in unreadable.items()]
+        show_json([*(_value(one, counts) for one, counts in found), *wrong])
         return
     for one, counts in found:
         held = f"{counts.sources:>7,} documents {counts.chunks:>9,} chunks"
         click.echo(f"{one.name:<20}  {held}  {one.embedding} ({embedders.about(one.embedding)})")
-    if not found:
+    for why in unreadable.values():
+        click.echo(why, err=True)
+    if not found and not unreadable:
         click.echo("no indexes yet: make one with 'ferrum index create NAME'", err=True)
 
 

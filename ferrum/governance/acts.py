@@ -8,11 +8,23 @@ from abc import abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar, Generic, Literal, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Final, Generic, Literal, Protocol, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 
+from ferrum.errors import InputError, did_you_mean
 from ferrum.results import Usage
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
 class Reply(BaseModel):
@@ -262,24 +274,57 @@ class SearchReply(Reply):
     documents: tuple[Document, ...]
 
 
+#: The most documents that one search finds.
+MOST_FOUND: Final = 100
+
+
 class Search(Act[SearchReply]):
-    """One search in one index."""
+    """One search in one index. To make one that cannot be raises `InputError`."""
 
     kind: Literal["retrieval"] = "retrieval"
     index: str
     query: str
-    top_k: int = Field(5, ge=1, le=1000)
+    top_k: int = Field(5, ge=1, le=MOST_FOUND)
     mode: Literal["hybrid", "vector", "text"] = "hybrid"
     #: Metadata that a document must have: a value, or a list of which it is one.
     filter: dict[str, JsonValue] = {}
     #: From 0 to 1; documents below are left out.
-    min_score: float | None = None
+    min_score: float | None = Field(None, ge=0, le=1)
     #: From 0 (nearest only) to 1 (as different from each other as can be): maximal marginal relevance.
     diversity: float | None = Field(None, ge=0, le=1)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refused_in_a_sentence(cls, value: object, check: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return check(value)
+        except ValidationError as error:
+            raise InputError("; ".join(_mistake(one) for one in error.errors())) from None
 
     @property
     def target(self) -> str:
         return self.index
+
+
+_RULES: Final = {
+    "top_k": f"a whole number from 1 to {MOST_FOUND}",
+    "mode": "'hybrid', 'vector' or 'text'",
+    "min_score": "a number from 0 to 1",
+    "diversity": "a number from 0 to 1",
+}
+
+
+def _mistake(error: ErrorDetails) -> str:
+    """What is wrong with a search, and what is right."""
+    name = str(error["loc"][0])
+    if error["type"] == "missing":
+        return f"a search needs {name!r}"
+    if error["type"] == "extra_forbidden":
+        return f"a search has no {name!r}{did_you_mean(name, Search.model_fields)}"
+    rule = _RULES.get(name)
+    # What is wrong within a filter is for JSON to say.
+    right = f"let it be {rule}" if rule else error["msg"][:1].lower() + error["msg"][1:]
+    return f"{name} is {repr(error['input'])[:80]}: {right}"
 
 
 class NewDocument(BaseModel):

@@ -66,7 +66,9 @@ _QUOTED: Final = 300
 #: The names that litellm puts before a provider's words.
 _PREFIXES: Final = re.compile(r"^(?:(?:litellm\.)?\w*(?:Error|Timeout|Violation)(?: Error)?: |\w+Exception(?: -|:) )+")
 
-_NO_KEY: Final = "has no key that works: set its provider's key in the worker's environment"
+_NO_KEY: Final = (
+    "has no key that works: set its provider's key in the environment it is asked from, in a run the worker's"
+)
 
 #: What to say of failures that the same call would meet again, by status, by the class of an error (its name, since
 #: litellm is not imported yet), or by words. The first that is found counts.

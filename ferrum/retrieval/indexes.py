@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 from pydantic import JsonValue
 from ulid import ULID
 
-from ferrum.errors import Conflict, InputError, NotFound, SettingsError
+from ferrum.errors import Conflict, InputError, NotFound, SettingsError, Unavailable
 from ferrum.governance.acts import Ingest, IngestReply, Search, SearchReply
 from ferrum.retrieval import embedders
 from ferrum.retrieval import search as searching
@@ -111,7 +112,7 @@ class Indexes:
         return self.store.describe(tenant, name)
 
     def list(self, tenant: str) -> list[tuple[Index, Counts]]:
-        """All of a tenant's indexes, by name, and how much is in them."""
+        """All of a tenant's indexes, by name, and how much is in them; but not those that are `unreadable`."""
         found = []
         for index in self.store.indexes(tenant):
             try:
@@ -119,11 +120,19 @@ class Indexes:
             except NotFound:
                 # Dropped since.
                 continue
+            except Unavailable:
+                if index.name not in self.store.unreadable(tenant):
+                    raise
         return found
 
+    def unreadable(self, tenant: str) -> dict[str, str]:
+        """The names of a tenant's indexes that cannot be read, as a file may be damaged: why, and what to do."""
+        return self.store.unreadable(tenant)
+
     def drop(self, tenant: str, name: str) -> None:
-        """Forget an index and all that is in it. Raises `NotFound`."""
-        self.store.drop(self.describe(tenant, name))
+        """Forget an index and all that is in it, also one that cannot be read. Raises `NotFound`."""
+        _check_name(name)
+        self.store.discard(tenant, name)
 
     async def add(
         self,
@@ -210,8 +219,9 @@ def open_store(settings: Settings) -> Store:
             address = f"{parts.scheme.removeprefix('qdrant+')}://{host}{parts.path}"
             return QdrantStore(address, api_key=unquote(parts.password) if parts.password else None)
     # The rest is not shown: it may hold a password.
+    begins = f", and begins with {parts.scheme + '://'!r}" if parts.scheme else ""
     raise SettingsError(
-        f"FERRUM_INDEXES begins with {parts.scheme + '://'!r}, which is no store: write file:///path, "
+        f"FERRUM_INDEXES is not the URL of a store{begins}: write file:///path, "
         "postgresql://user:password@host/database, or qdrant+https://:key@host:6333"
     )
 
@@ -222,6 +232,12 @@ def _need(module: str, extra: str) -> None:
 
 
 def _directory(path: Path) -> Store:
+    there = next((one for one in (path, *path.parents) if os.path.lexists(one)), path)
+    if not there.is_dir():
+        raise SettingsError(
+            f"indexes are to be kept in {str(path)!r}, and {str(there)!r} is no directory: name another with "
+            "FERRUM_INDEXES"
+        )
     from ferrum.retrieval.sqlite import SqliteStore
 
     return SqliteStore(path)

@@ -261,17 +261,19 @@ class PgvectorStore(Store):
             values = {"vector": _written(vector), "limit": limit}
             some = _filter(clauses)
             nearest = _sql(
-                "SELECT id, -(vector <#> %(vector)s::vector) FROM {chunks} WHERE vector IS NOT NULL{some}"
+                "SELECT id, -(vector <#> %(vector)s::vector), digest FROM {chunks} WHERE vector IS NOT NULL{some}"
                 " ORDER BY vector <#> %(vector)s::vector LIMIT %(limit)s",
                 key,
                 some=some,
             )
             hits = _hits(cursor.execute(nearest, values))
-            if len(hits) < limit and clauses:
-                # HNSW gives up when a filter has refused so many; then those that it lets through are few.
+            if len(hits) < limit:
+                # HNSW gives up after so many. With a filter those that it lets through are few then; without one all
+                # are compared, as they are where the index has no more than this.
                 exact = _sql(
-                    "WITH passed AS MATERIALIZED (SELECT id, vector FROM {chunks} WHERE vector IS NOT NULL{some})"
-                    " SELECT id, -(vector <#> %(vector)s::vector) AS score FROM passed"
+                    "WITH passed AS MATERIALIZED"
+                    " (SELECT id, vector, digest FROM {chunks} WHERE vector IS NOT NULL{some})"
+                    " SELECT id, -(vector <#> %(vector)s::vector) AS score, digest FROM passed"
                     " ORDER BY score DESC, id LIMIT %(limit)s",
                     key,
                     some=some,
@@ -288,7 +290,7 @@ class PgvectorStore(Store):
             # Only the query's own words are taken apart (those that weigh `A`), not all of each chunk.
             ranked = _sql(
                 "SELECT c.id, sum(t.weight * cardinality(w.positions) * ({k1} + 1) / (cardinality(w.positions)"
-                " + {k1} * (1 - {b} + {b} * c.length * i.chunks / greatest(i.length, 1)))) AS score"
+                " + {k1} * (1 - {b} + {b} * c.length * i.chunks / greatest(i.length, 1)))) AS score, c.digest"
                 " FROM {chunks} c JOIN ferrum_retrieval.indexes i ON i.key = {key},"
                 " unnest(ts_filter(setweight(c.words, 'A', %(terms)s), '{{a}}')) w"
                 " JOIN unnest(%(terms)s, %(weights)s::float8[]) AS t (lexeme, weight) USING (lexeme)"
@@ -590,7 +592,7 @@ def _filter(clauses: Clauses) -> Composable:
 
 
 def _hits(cursor: Rows) -> list[Hit]:
-    return [Hit(id, score) for id, score in cursor]
+    return [Hit(id, score, digest) for id, score, digest in cursor]
 
 
 def _one(cursor: Rows) -> TupleRow:

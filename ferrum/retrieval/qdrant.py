@@ -264,11 +264,11 @@ class QdrantStore(Store):
         while True:
             points = client.query_points(
                 _chunks(index), query=query, using=using, query_filter=where, limit=wanted,
-                with_payload=["source", "revision"],
+                with_payload=["source", "revision", "digest"],
             ).points  # fmt: skip
             records = self._records_of(client, index, points)
             hits = [
-                Hit(str(point.id), point.score)
+                Hit(str(point.id), point.score, _payload([point])["digest"])
                 for point in points
                 if records.get(_payload([point])["source"], {}).get("revision") == _payload([point])["revision"]
             ]

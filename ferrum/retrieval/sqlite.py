@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from pydantic import ValidationError
+
 from ferrum.errors import Conflict, NotFound, Unavailable, did_you_mean
 from ferrum.retrieval.store import ChunkId, Clauses, Counts, Found, Hit, Index, Source, Store, Update, Vector, facts
 from ferrum.retrieval.words import asked, words
@@ -85,8 +87,8 @@ class SqliteStore(Store):
 
     def create(self, index: Index) -> None:
         folder = self._folder(index.tenant)
-        with self._alone(folder):
-            if self._target(folder, index.name) is not None:
+        with self._alone(folder, index.name):
+            if _target(folder, index.name) is not None:
                 raise Conflict(f"index {index.name!r} is there already: drop it, or take another name")
             _sweep(folder)
             path = folder / f"{index.id}.db"
@@ -98,21 +100,31 @@ class SqliteStore(Store):
 
     def describe(self, tenant: str, name: str) -> Index:
         folder = self._folder(tenant)
-        with self._translated(folder):
-            path = self._target(folder, name)
+        with self._translated(name, folder):
+            path = _target(folder, name)
         if path is None:
-            known = did_you_mean(name, _names(folder))
-            raise NotFound(f"there is no index {name!r}{known}: create it with 'ferrum index create {name}'")
-        with self._connection(path.stem, path) as db:
+            raise NotFound(f"{_no_index(folder, name)}: create it with 'ferrum index create {name}'")
+        with self._connection(name, path) as db:
             return _pinned(db)
 
     def indexes(self, tenant: str) -> list[Index]:
         found = []
         for name in _names(self._folder(tenant)):
             # One that is dropped in this moment is not there.
-            with contextlib.suppress(NotFound):
+            with contextlib.suppress(NotFound, Unavailable):
                 found.append(self.describe(tenant, name))
         return found
+
+    def unreadable(self, tenant: str) -> dict[str, str]:
+        said = {}
+        for name in _names(self._folder(tenant)):
+            try:
+                self.counts(self.describe(tenant, name))
+            except Unavailable as error:
+                said[name] = str(error)
+            except NotFound:
+                continue
+        return said
 
     def pin(self, index: Index, dimension: int) -> Index:
         with self._writing(index) as db:
@@ -124,11 +136,20 @@ class SqliteStore(Store):
 
     def drop(self, index: Index) -> None:
         folder = self._folder(index.tenant)
-        with self._alone(folder):
+        with self._alone(folder, index.name):
             self._path(index)
-            (folder / f"{index.name}.link").unlink()
-            _sweep(folder)
+            _unlink(folder, index.name)
         self._let_go(index.id)
+
+    def discard(self, tenant: str, name: str) -> None:
+        folder = self._folder(tenant)
+        with self._translated(name, folder):
+            path = _target(folder, name)
+        if path is None:
+            raise NotFound(_no_index(folder, name))
+        with self._alone(folder, name):
+            _unlink(folder, name)
+        self._let_go(path.stem)
 
     def put(self, index: Index, updates: Sequence[Update]) -> None:
         with self._writing(index) as db:
@@ -160,7 +181,7 @@ class SqliteStore(Store):
             if clauses:
                 where, values = _where("source.id", clauses)
                 allowed = [row[0] for row in db.execute(f"SELECT id FROM source WHERE {where}", values)]  # noqa: S608
-        return matrix.nearest(vector, limit, allowed)
+            return _hits(db, matrix.nearest(vector, limit, allowed))
 
     def by_text(self, index: Index, query: str, limit: int, clauses: Clauses = ()) -> list[Hit]:
         # In quotes nothing is an operator; a quote is no part of a word.
@@ -175,8 +196,8 @@ class SqliteStore(Store):
         )
         with self._reading(index) as db:
             rows = db.execute(statement, (match, *values, limit)).fetchall()
-        # FTS5 gives the best the lowest number.
-        return sorted((Hit(id, -rank) for id, rank in rows), key=lambda hit: (-hit.score, hit.id))
+            # FTS5 gives the best the lowest number.
+            return _hits(db, sorted(((id, -rank) for id, rank in rows), key=lambda row: (-row[1], row[0])))
 
     def fetch(self, index: Index, ids: Sequence[ChunkId], *, vectors: bool = False) -> list[Found]:
         asking = (
@@ -212,28 +233,20 @@ class SqliteStore(Store):
         digest = hashlib.sha256(tenant.encode("utf-8", "surrogatepass")).hexdigest()[:32]
         return self._directory / f"{readable}-{digest}"
 
-    @staticmethod
-    def _target(folder: Path, name: str) -> Path | None:
-        """The file of the index that has this name now."""
-        try:
-            path = folder / (folder / f"{name}.link").readlink()
-        except FileNotFoundError:
-            return None
-        return path if path.exists() else None
-
     def _path(self, index: Index) -> Path:
         folder = self._folder(index.tenant)
-        path = self._target(folder, index.name)
+        with self._translated(index.name, folder):
+            path = _target(folder, index.name)
         if path is None or path.stem != index.id:
             self._let_go(index.id)
             raise NotFound(f"index {index.name!r} was dropped: look for it again, or create it")
         return path
 
     @contextmanager
-    def _alone(self, folder: Path) -> Iterator[None]:
+    def _alone(self, folder: Path, name: str) -> Iterator[None]:
         """Nobody else gives or takes names in this folder; the kernel gives the lock back when its holder dies."""
         self._own()
-        with self._translated(folder):
+        with self._translated(name, folder):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with (folder / ".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -244,7 +257,7 @@ class SqliteStore(Store):
     @contextmanager
     def _reading(self, index: Index) -> Iterator[sqlite3.Connection]:
         """Everything inside sees the same moment."""
-        with self._connection(index.id, self._path(index)) as db:
+        with self._connection(index.name, self._path(index)) as db:
             db.execute("BEGIN")
             yield db
             db.execute("COMMIT")
@@ -252,28 +265,39 @@ class SqliteStore(Store):
     @contextmanager
     def _writing(self, index: Index) -> Iterator[sqlite3.Connection]:
         """All of it or nothing, one writer at a time."""
-        with self._connection(index.id, self._path(index)) as db:
+        with self._connection(index.name, self._path(index)) as db:
             db.execute("BEGIN IMMEDIATE")
             db.execute("UPDATE pinned SET generation = generation + 1")
             yield db
             db.execute("COMMIT")
 
     @contextmanager
-    def _connection(self, index_id: str, path: Path) -> Iterator[sqlite3.Connection]:
+    def _connection(self, name: str, path: Path) -> Iterator[sqlite3.Connection]:
         self._own()
-        with self._translated(path):
+        with self._translated(name, path):
+            if not path.exists():
+                # What is still open of it would take what is written and be gone with it.
+                self._let_go(path.stem)
+                raise _lost(name, path)
+            unlocked = _unlocked(path)
             with self._lock:
-                idle = self._idle.get(index_id)
+                idle = self._idle.get(path.stem) if unlocked is None else None
                 db = idle.pop() if idle else None
-            db = db or _connect(path)
+            db = db or _connect(path, immutable=unlocked is not None)
             try:
                 yield db
             except BaseException:
                 # Closing rolls back what was begun.
                 db.close()
                 raise
+            if unlocked is not None:
+                db.close()
+                if unlocked != _unlocked(path):
+                    self._let_go(path.stem)
+                    raise Unavailable(f"index {name!r} was changed while it was read: try again")
+                return
             with self._lock:
-                kept = self._idle.setdefault(index_id, [])
+                kept = self._idle.setdefault(path.stem, [])
                 if len(kept) < _IDLE:
                     kept.append(db)
                     return
@@ -300,38 +324,97 @@ class SqliteStore(Store):
         return matrix
 
     @contextmanager
-    def _translated(self, path: Path) -> Iterator[None]:
+    def _translated(self, name: str, path: Path) -> Iterator[None]:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            raise Unavailable(_sentence(error, path)) from error
+            raise Unavailable(_sentence(error, name, path)) from error
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def _connect(path: Path, *, immutable: bool) -> sqlite3.Connection:
     # Never one that is not there: it was dropped in this moment.
+    how = "mode=ro&immutable=1" if immutable else "mode=rw"
     db = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=_PATIENCE_S, isolation_level=None,
+        f"{path.absolute().as_uri()}?{how}", uri=True, timeout=_PATIENCE_S, isolation_level=None,
         check_same_thread=False,
     )  # fmt: skip
     db.execute("PRAGMA synchronous = FULL")
     return db
 
 
-def _sentence(error: Exception, path: Path) -> str:
+def _unlocked(path: Path) -> tuple[int, int] | None:
+    """By what it is seen that a file has changed that SQLite can read, but not lock; `None` for one that it can lock.
+
+    Readers of a file in WAL mode lock another one beside it. On a read-only store they can do so while a writer has it
+    open elsewhere; else there is none, and none can be made.
+    """
+    if os.access(path.parent, os.W_OK) or _is_filled(_log(path)):
+        return None
+    now = path.stat()
+    return now.st_mtime_ns, now.st_size
+
+
+def _log(path: Path) -> Path:
+    """Where SQLite keeps what is committed and not in the file itself yet."""
+    return path.with_name(f"{path.name}-wal")
+
+
+def _is_filled(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
+
+
+def _sentence(error: Exception, name: str, path: Path) -> str:
     if isinstance(error, OSError):
         return f"the index store cannot use {str(error.filename or path)!r}: {error.strerror}"
-    what = str(error)
-    if "full" in what:
-        return f"no room is left for index file {str(path)!r}: nothing was changed in it; make room and try again"
-    if "malformed" in what or "not a database" in what:
-        return f"index file {str(path)!r} is damaged ({what}): restore it, or drop the index and fill it again"
-    if "locked" in what:
-        return f"index file {str(path)!r} was in use by other writers for {_PATIENCE_S:g} s: try again"
-    return f"index file {str(path)!r} cannot be used ({what}); nothing was changed in it"
+    what, index = str(error), f"index {name!r} (file {str(path)!r})"
+    said = {
+        ("full",): f"has no room left: {_STAYS}; make room and do the same again",
+        _DAMAGE: f"is damaged ({what}): {_CURE.format(name)}",
+        ("locked",): f"was in use by other writers for {_PATIENCE_S:g} s: try again",
+        ("readonly",): "cannot be changed, for its store is read-only",
+    }
+    for signs, sentence in said.items():
+        if any(sign in what for sign in signs):
+            return f"{index} {sentence}"
+    if "unable to open" in what and _is_filled(_log(path)):
+        return (
+            f"{index} is in a store that is read-only, and was not closed by who wrote it last: use it once where it "
+            "can be written, as by 'ferrum index list'"
+        )
+    return f"{index} cannot be used ({what}); {_STAYS}"
+
+
+_STAYS: Final = "what was put into it before stays"
+#: What SQLite says of a file that it cannot make sense of; an empty one is to it a database without tables.
+_DAMAGE: Final = ("malformed", "not a database", "no such table", "no such column", "unsupported file format")
+_CURE: Final = "restore the file, or drop the index with 'ferrum index drop {}' and fill a new one"
+
+
+def _lost(name: str, path: Path) -> NotFound | Unavailable:
+    if _target(path.parent, name) != path:
+        return NotFound(f"index {name!r} was dropped just now: look for it again, or create it")
+    return Unavailable(f"index {name!r} has lost its file {str(path)!r}: {_CURE.format(name)}")
+
+
+def _no_index(folder: Path, name: str) -> str:
+    return f"there is no index {name!r}{did_you_mean(name, _names(folder))}"
+
+
+def _target(folder: Path, name: str) -> Path | None:
+    """The file of the index that has this name now, whether or not it is there."""
+    try:
+        return folder / (folder / f"{name}.link").readlink()
+    except FileNotFoundError:
+        return None
 
 
 def _names(folder: Path) -> list[str]:
     return sorted(link.name.removesuffix(".link") for link in folder.glob("*.link"))
+
+
+def _unlink(folder: Path, name: str) -> None:
+    (folder / f"{name}.link").unlink(missing_ok=True)
+    _sweep(folder)
 
 
 def _sweep(folder: Path) -> None:
@@ -346,7 +429,11 @@ def _sweep(folder: Path) -> None:
 
 
 def _pinned(db: sqlite3.Connection) -> Index:
-    return Index.model_validate_json(db.execute("SELECT value FROM pinned").fetchone()[0])
+    row = db.execute("SELECT value FROM pinned").fetchone()
+    try:
+        return Index.model_validate_json(row[0] if row else "")
+    except ValidationError as error:
+        raise sqlite3.DatabaseError("what it says of itself is malformed") from error
 
 
 def _generation(db: sqlite3.Connection) -> int:
@@ -357,6 +444,12 @@ def _in_batches(db: sqlite3.Connection, statement: str, values: Sequence[object]
     for start in range(0, len(values), _BATCH):
         part = values[start : start + _BATCH]
         yield from db.execute(statement.format(_marks(part)), part)
+
+
+def _hits(db: sqlite3.Connection, ranked: Sequence[tuple[int, float]]) -> list[Hit]:
+    """Those of these ids and scores, in this order."""
+    digests = dict(_in_batches(db, "SELECT id, digest FROM chunk WHERE id IN ({})", [id for id, _ in ranked]))
+    return [Hit(id, score, digests[id]) for id, score in ranked]
 
 
 def _marks(values: Sequence[object]) -> str:
@@ -436,7 +529,8 @@ class _Rows:
         ids = numpy.empty(0, numpy.int64)
         return cls(-1, ids, ids, numpy.empty(0, numpy.bool_), numpy.empty((0, 0), numpy.float32))
 
-    def nearest(self, vector: Vector, limit: int, sources: Sequence[int] | None) -> list[Hit]:
+    def nearest(self, vector: Vector, limit: int, sources: Sequence[int] | None) -> list[tuple[int, float]]:
+        """The ids of the nearest chunks and their cosines, the best first."""
         import numpy
 
         seen = self.alive if sources is None else self.alive & numpy.isin(self.sources, sources)
@@ -450,7 +544,7 @@ class _Rows:
             best = numpy.argpartition(-scores, limit - 1)[:limit]
             rows, scores = rows[best], scores[best]
         order = numpy.lexsort((self.ids[rows], -scores))
-        return [Hit(int(self.ids[rows[at]]), float(scores[at])) for at in order]
+        return [(int(self.ids[rows[at]]), float(scores[at])) for at in order]
 
 
 class _Matrix:

@@ -100,6 +100,8 @@ class Hit:
     id: ChunkId
     #: More is better: the cosine (-1 to 1), or BM25 (0 or more, in the store's own scale).
     score: float
+    #: Of the chunk, so that what many sources have is known to be one without its text being read.
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,10 @@ class Store(ABC):
     def indexes(self, tenant: str) -> list[Index]:
         """All of one tenant's, by name."""
 
+    def unreadable(self, tenant: str) -> dict[str, str]:
+        """What is said of those that have a name and cannot be read, by name; `indexes` leaves them out."""
+        return {}
+
     @abstractmethod
     def pin(self, index: Index, dimension: int) -> Index:
         """Set the dimension where none is set; the index as it is now: of two that pin at once, the first decides."""
@@ -150,6 +156,10 @@ class Store(ABC):
     @abstractmethod
     def drop(self, index: Index) -> None:
         """Forget it and all that is in it."""
+
+    def discard(self, tenant: str, name: str) -> None:
+        """Drop what has this name, also where it cannot be read. Raises `NotFound`."""
+        self.drop(self.describe(tenant, name))
 
     @abstractmethod
     def put(self, index: Index, updates: Sequence[Update]) -> None:
