@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import json
@@ -29,7 +30,25 @@ _SURROGATES: Final = re.compile("[\ud800-\udfff]")
 _NOT_READ: Final = frozenset({"node_modules", "__pycache__"})
 
 #: Taken into every digest. A change in how documents are read or cut changes it, and they are all cut anew.
-_EDITION: Final = 1
+_EDITION: Final = 2
+
+PYTHON: Final = frozenset({".py", ".pyi"})
+HTML: Final = frozenset({".html", ".htm", ".xhtml"})
+
+#: The longer ones first: that of UTF-32 begins as that of UTF-16 does.
+_MARKS: Final = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+#: How Python says in one of its first two lines what it is encoded in (PEP 263).
+_CODING: Final = re.compile(rb"\A(?:[ \t\f]*(?:#[^\r\n]*)?\r?\n)?[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)")
+#: How HTML says it at its beginning.
+_CHARSET: Final = re.compile(
+    rb"""<(?:meta\b[^>]*?\bcharset|\?xml\b[^>]*?\bencoding)\s*=\s*["']?\s*([-\w.:]+)""", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +74,17 @@ class Original:
 
     @property
     def text(self) -> str:
-        """Its text with plain line ends. Raises `InputError` for what is no text."""
+        """Its text with plain line ends. Raises `InputError` for what is no text, or in who knows what encoding."""
         if isinstance(self.content, str):
             return clean(self.content)
-        if b"\0" in self.content[:8192]:
+        encoding, mark = _encoding(self.content, self.suffix)
+        if b"\0" in self.content[:8192] and not mark:
             raise InputError(f"{self.name!r} is no text: leave it out, or convert it first")
-        return clean(self.content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace"))
+        try:
+            return clean(self.content[len(mark) :].decode(encoding))
+        except (UnicodeError, LookupError):
+            said = "" if encoding == "utf-8" else f", and not the {encoding} that it says it is"
+        raise InputError(f"{self.name!r} is not UTF-8{said}: convert it first, as with iconv -f LATIN1 -t UTF-8")
 
     def digest(self, *ways: JsonValue) -> str:
         """sha256 over all that its chunks are made from; `ways` is how they are."""
@@ -82,6 +106,21 @@ def clean(text: str) -> str:
     """Text that every store can keep: line ends are `\\n`, and what is no character is `�`."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "�")
     return text if text.isascii() else _SURROGATES.sub("�", text)
+
+
+def _encoding(content: bytes, suffix: str) -> tuple[str, bytes]:
+    """What a file is encoded in, as far as it says, and the mark by which it begins."""
+    for mark, encoding in _MARKS:
+        if content.startswith(mark):
+            return encoding, mark
+    said = _CODING.match(content) if suffix in PYTHON else _CHARSET.search(content[:1024]) if suffix in HTML else None
+    encoding = said[1].decode("ascii", "replace").lower() if said else "utf-8"
+    if suffix in HTML:
+        # By the HTML standard (13.2.3.2 and its labels): who reads this can read it, so it is not UTF-16; and what is
+        # called Latin-1 is what Windows understands by it.
+        encoding = "utf-8" if encoding.startswith("utf") else encoding
+        encoding = "cp1252" if encoding in ("iso-8859-1", "latin-1", "latin1", "ascii", "us-ascii") else encoding
+    return encoding, b""
 
 
 def read(
