@@ -8,11 +8,13 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from itertools import takewhile
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, Self
 
 from pydantic import JsonValue
 
@@ -61,8 +63,10 @@ class Original:
     name: str
     content: bytes | str
     metadata: Mapping[str, JsonValue] = field(default_factory=dict)
-    #: What was asked for when it was read; documents of the same origin are pruned together.
+    #: The absolute path of its file, `-` for standard input, else whatever groups documents that are pruned together.
     origin: str = ""
+    #: Whether it was asked for by itself: then it is an error that it cannot be taken, else it is left out.
+    named: bool = False
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -95,11 +99,13 @@ class Original:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A file that is there and was not read."""
+    """A document that was not taken."""
 
     name: str
     #: For people.
     why: str
+    #: As that of an `Original`.
+    origin: str = ""
 
 
 def clean(text: str) -> str:
@@ -132,51 +138,103 @@ def read(
 ) -> Iterator[Original | LeftOut]:
     """The documents of these files, folders and patterns (`docs/**/*.md`), in order; `-` is `stdin`.
 
-    Of folders everything is read but hidden files and what is no text. Raises `InputError` for one that does not exist
-    or that matches nothing, and for a file that was named and cannot be read.
+    Of folders everything is read but hidden files and what is no text; links that lead out of a folder, or out of where
+    a pattern begins, are left out. A file that was named is read wherever it leads. Raises `InputError` for what does
+    not exist or matches nothing, and for a file that was named and cannot be read.
     """
     for one in asked:
         if one == "-":
             if stdin is None:
                 raise InputError("'-' stands for standard input, and there is none")
-            yield Original(stdin_name, stdin.read(), metadata or {}, "-")
+            yield Original(stdin_name, stdin.read(), metadata or {}, "-", named=True)
             continue
-        origin = origin_of(one)
-        paths = _paths(one, origin)
-        for path in paths:
-            yield _document(path, metadata or {}, origin, named=paths == [origin])
-
-
-def origin_of(asked: str) -> str:
-    """The `origin` of all that `read` finds for one of the things that it is asked for."""
-    return asked if asked == "-" else os.path.normpath(asked)
+        place = Place.of(one)
+        for path in place.files():
+            yield _document(path, metadata or {}, place)
 
 
 def count(asked: Sequence[str]) -> int:
     """How many documents `read` will come to. Raises `InputError` as that does, before anything is read."""
-    return sum(1 if one == "-" else len(_paths(one, origin_of(one))) for one in asked)
+    return sum(1 if one == "-" else len(Place.of(one).files()) for one in asked)
 
 
-def _paths(asked: str, origin: str) -> list[str]:
-    if os.path.isdir(origin):  # noqa: PTH112 - patterns are texts
-        return list(_walk(origin))
-    if os.path.lexists(origin):
-        return [origin]
-    found = _matches(origin)
-    if not found:
-        raise InputError(f"{asked!r}: there is no such file or folder, and as a pattern it matches nothing")
-    return found
+def absent(asked: Sequence[str]) -> list[str]:
+    """Those of which there is nothing now. Raises `InputError` for what could never be something."""
+    return [one for one in asked if one != "-" and not Place.of(one).is_there()]
 
 
-def _matches(pattern: str) -> list[str]:
-    """The files that a pattern matches; it follows no links to folders, so it comes to an end."""
-    parts = Path(pattern).parts
-    fixed = list(takewhile(lambda part: not glob.has_magic(part), parts))
-    if len(fixed) == len(parts):
-        return []
-    top = Path(*fixed)
-    found = (path for path in top.glob(str(Path(*parts[len(fixed) :]))) if path.is_file())
-    return sorted(str(path) for path in found if all(map(_is_read, path.relative_to(top).parts)))
+def not_there(asked: str, then: str) -> InputError:
+    return InputError(f"{asked!r}: there is no such file or folder, and as a pattern it matches nothing{then}")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where `read` looks for one of the things that it is asked for."""
+
+    asked: str
+    #: Absolute: the file or folder, or the folder in which a pattern begins.
+    top: str
+    #: How files are to be called, from `top` on; empty where it is no pattern.
+    pattern: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, asked: str) -> Self:
+        """Raises `InputError` for nothing, which would be the whole current directory to the system."""
+        if not asked:
+            raise InputError("'' names no file or folder: write . for the current directory")
+        path = os.path.normpath(asked)
+        parts = Path(path).parts
+        fixed = list(takewhile(lambda part: not glob.has_magic(part), parts))
+        if len(fixed) == len(parts) or os.path.lexists(path):
+            return cls(asked, os.path.abspath(path))  # noqa: PTH100 - links stay as they are
+        return cls(asked, os.path.abspath(Path(*fixed)), parts[len(fixed) :])  # noqa: PTH100
+
+    @property
+    def is_file(self) -> bool:
+        return not self.pattern and not os.path.isdir(self.top)  # noqa: PTH112
+
+    def is_there(self) -> bool:
+        return bool(self._matches()) if self.pattern else os.path.lexists(self.top)
+
+    def files(self) -> list[str]:
+        """Their paths as they were asked for, in order. Raises `InputError` where there is nothing."""
+        if not self.is_there():
+            raise not_there(self.asked, "")
+        path = os.path.normpath(self.asked)
+        if self.pattern:
+            return self._matches()
+        return [path] if self.is_file else list(_walk(path))
+
+    def _matches(self) -> list[str]:
+        """The files that a pattern matches; `**` follows no links to folders, so it comes to an end."""
+        top = Path(*Path(os.path.normpath(self.asked)).parts[: -len(self.pattern)])
+        found = (path for path in top.glob(str(Path(*self.pattern))) if path.is_file())
+        return sorted(str(path) for path in found if all(map(_is_read, path.relative_to(top).parts)))
+
+    def covers(self, origin: str) -> bool:
+        """Whether a document of this origin would be found here, if it were there."""
+        if origin == self.top:
+            return not self.pattern
+        parts = _below(self.top, origin)
+        return parts is not None and all(map(_is_read, parts)) and (not self.pattern or _fits(parts, self.pattern))
+
+    def holds(self, path: str) -> bool:
+        """Whether a file that was found here is here, and its path is no link to elsewhere or to what is not read."""
+        parts = _below(os.path.realpath(self.top), os.path.realpath(path))
+        return parts is not None and all(map(_is_read, parts))
+
+
+def _below(folder: str, path: str) -> tuple[str, ...] | None:
+    inside = path.startswith(folder.rstrip(os.sep) + os.sep)
+    return Path(path[len(folder) :].lstrip(os.sep)).parts if inside else None
+
+
+def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    if not pattern or not parts:
+        return pattern == parts
+    if pattern[0] == "**":
+        return _fits(parts, pattern[1:]) or _fits(parts[1:], pattern)
+    return fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
 
 
 def _is_read(name: str) -> bool:
@@ -189,22 +247,28 @@ def _walk(folder: str) -> Iterator[str]:
         yield from (os.path.normpath(Path(at) / name) for name in sorted(filter(_is_read, files)))
 
 
-def _document(path: str, metadata: Mapping[str, JsonValue], origin: str, *, named: bool) -> Original | LeftOut:
-    name = path.replace(os.sep, "/")
+def _document(path: str, metadata: Mapping[str, JsonValue], place: Place) -> Original | LeftOut:
+    name, origin = path.replace(os.sep, "/"), os.path.abspath(path)  # noqa: PTH100
     try:
-        return Original(name, _content(path), metadata, origin)
+        if not place.is_file and not place.holds(path):
+            raise InputError(f"{path!r} is a link that leads out of {place.asked!r}, or to what is hidden there")
+        return Original(name, _content(path), metadata, origin, named=place.is_file)
     except InputError as error:
-        if named:
+        if place.is_file:
             raise
-        return LeftOut(name, str(error))
+        return LeftOut(name.encode("utf-8", "backslashreplace").decode(), str(error), origin)
 
 
 def _content(path: str) -> bytes:
     try:
-        if not os.path.isfile(path):  # noqa: PTH113
-            raise InputError(f"{path!r} is no file that can be read")
+        kind = os.stat(path).st_mode  # noqa: PTH116
+        if not stat.S_ISREG(kind):
+            raise InputError(f"{path!r} is {_KINDS.get(stat.S_IFMT(kind), 'no file')}, and no file that can be read")
         with open(path, "rb") as file:  # noqa: PTH123
             content = file.read(LARGEST + 1)
+    except FileNotFoundError as error:
+        gone = "is a link to what is not there" if os.path.islink(path) else "is gone"  # noqa: PTH114
+        raise InputError(f"{path!r} {gone}") from error
     except OSError as error:
         raise InputError(f"{path!r} cannot be read: {error.strerror}") from error
     if len(content) > LARGEST:
@@ -212,8 +276,19 @@ def _content(path: str) -> bytes:
     return content
 
 
+_KINDS: Final = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
 def check_name(name: str) -> None:
     """Raises `InputError` for what cannot be the name of a source."""
+    if _SURROGATES.search(name):
+        raise InputError(f"{name[:80]!r} has a name that is not UTF-8: rename it")
     if not name or len(name) > LONGEST_NAME or not name.isprintable():
         raise InputError(
             f"{name[:80]!r} cannot be the name of a source: it has 1 to {LONGEST_NAME} characters that can be printed"
