@@ -149,8 +149,12 @@ def test_a_file_has_one_name_however_it_is_found(ran: Run, monkeypatch: pytest.M
     write(a="one text")
     ran("create", "docs", "--embedding", "none")
     ran("add", "docs", "docs", f"{Path.cwd()}/docs/a.md")
+    Path("way").symlink_to("docs", target_is_directory=True)
     monkeypatch.chdir("docs")
-    assert ran("add", "docs", "a.md", "../docs")[1] == "0 added, 0 updated, 1 unchanged; 0 texts embedded\n"
+    assert (
+        ran("add", "docs", "a.md", "../docs", "../way", "../way/a.md", "../way/*.md")[1]
+        == "0 added, 0 updated, 1 unchanged; 0 texts embedded\n"
+    )
     assert sources(ran) == ["docs/a.md"]
 
 

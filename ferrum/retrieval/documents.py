@@ -63,7 +63,8 @@ class Original:
     name: str
     content: bytes | str
     metadata: Mapping[str, JsonValue] = field(default_factory=dict)
-    #: The absolute path of its file, `-` for standard input, else whatever groups documents that are pruned together.
+    #: The path of its file, absolute and without links on the way; `-` for standard input; else whatever it is that
+    #: groups documents that are pruned together.
     origin: str = ""
     #: Whether it was asked for by itself: then it is an error that it cannot be taken, else it is left out.
     named: bool = False
@@ -172,7 +173,7 @@ class Place:
     """Where `read` looks for one of the things that it is asked for."""
 
     asked: str
-    #: Absolute: the file or folder, or the folder in which a pattern begins.
+    #: The file or folder, or the folder in which a pattern begins: absolute, and without links on the way.
     top: str
     #: How files are to be called, from `top` on; empty where it is no pattern.
     pattern: tuple[str, ...] = ()
@@ -186,8 +187,8 @@ class Place:
         parts = Path(path).parts
         fixed = list(takewhile(lambda part: not glob.has_magic(part), parts))
         if len(fixed) == len(parts) or os.path.lexists(path):
-            return cls(asked, os.path.abspath(path))  # noqa: PTH100 - links stay as they are
-        return cls(asked, os.path.abspath(Path(*fixed)), parts[len(fixed) :])  # noqa: PTH100
+            return cls(asked, os.path.realpath(path) if os.path.isdir(path) else _entry(path))  # noqa: PTH112
+        return cls(asked, os.path.realpath(Path(*fixed)), parts[len(fixed) :])
 
     @property
     def is_file(self) -> bool:
@@ -220,8 +221,14 @@ class Place:
 
     def holds(self, path: str) -> bool:
         """Whether a file that was found here is here, and its path is no link to elsewhere or to what is not read."""
-        parts = _below(os.path.realpath(self.top), os.path.realpath(path))
+        parts = _below(self.top, os.path.realpath(path))
         return parts is not None and all(map(_is_read, parts))
+
+
+def _entry(path: str) -> str:
+    """The absolute path without links on the way; what it leads to may be one itself."""
+    folder, name = os.path.split(os.path.abspath(path))  # noqa: PTH100
+    return os.path.join(os.path.realpath(folder), name)  # noqa: PTH118
 
 
 def _below(folder: str, path: str) -> tuple[str, ...] | None:
@@ -248,7 +255,7 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 def _document(path: str, metadata: Mapping[str, JsonValue], place: Place) -> Original | LeftOut:
-    name, origin = path.replace(os.sep, "/"), os.path.abspath(path)  # noqa: PTH100
+    name, origin = path.replace(os.sep, "/"), _entry(path)
     try:
         if not place.is_file and not place.holds(path):
             raise InputError(f"{path!r} is a link that leads out of {place.asked!r}, or to what is hidden there")
