@@ -312,6 +312,7 @@ def test_what_is_given_as_text_is_no_pdf_whatever_it_is_called() -> None:
         ("a.txt", codecs.BOM_UTF32_BE + "Grüße".encode("utf-32-be")),
         ("a.py", "# -*- coding: latin-1 -*-\n'Grüße'".encode("latin-1")),
         ("a.py", "#!/usr/bin/env python\n# vim: set fileencoding=cp1251 :\n'Grüße Привет'".encode("cp1251", "ignore")),
+        ("a.py", "# -*- coding: latin-1-unix -*-\n'Grüße'".encode("latin-1")),
         ("a.html", codecs.BOM_UTF16_LE + "<p>Grüße</p>".encode("utf-16-le")),
         ("a.html", "<meta charset=latin-1><p>„Grüße“</p>".encode("cp1252")),
         ("a.html", b'<meta http-equiv=x content="text/html; charset=UTF-16"><p>Gr\xc3\xbc\xc3\x9fe</p>'),

@@ -122,6 +122,9 @@ def _encoding(content: bytes, suffix: str) -> tuple[str, bytes]:
             return encoding, mark
     said = _CODING.match(content) if suffix in PYTHON else _CHARSET.search(content[:1024]) if suffix in HTML else None
     encoding = said[1].decode("ascii", "replace").lower() if said else "utf-8"
+    if suffix in PYTHON:
+        # Emacs says line ends there, too, and Python takes no notice.
+        encoding = re.sub(r"-(?:unix|dos|mac)$", "", encoding)
     if suffix in HTML:
         # By the HTML standard (13.2.3.2 and its labels): who reads this can read it, so it is not UTF-16; and what is
         # called Latin-1 is what Windows understands by it.
@@ -199,12 +202,13 @@ class Place:
 
     def files(self) -> list[str]:
         """Their paths as they were asked for, in order. Raises `InputError` where there is nothing."""
-        if not self.is_there():
-            raise not_there(self.asked, "")
         path = os.path.normpath(self.asked)
-        if self.pattern:
-            return self._matches()
-        return [path] if self.is_file else list(_walk(path))
+        if not self.is_file and not self.pattern:
+            return list(_walk(path))
+        found = self._matches() if self.pattern else [path] if self.is_there() else []
+        if not found:
+            raise not_there(self.asked, "")
+        return found
 
     def _matches(self) -> list[str]:
         """The files that a pattern matches; `**` follows no links to folders, so it comes to an end."""

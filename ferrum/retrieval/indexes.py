@@ -295,8 +295,7 @@ class _Adding:
     async def _one(self, original: Original | LeftOut) -> None:
         name = self._names.get(original.origin, original.name)
         if isinstance(original, LeftOut):
-            self._seen.setdefault(name, "")
-            self._added.left_out.append(original)
+            self._leave_out(original, name)
             return
         original = replace(original, name=name)
         try:
@@ -305,8 +304,13 @@ class _Adding:
         except InputError as error:
             if original.named:
                 raise
-            self._seen.setdefault(name, "")
-            self._added.left_out.append(LeftOut(name, str(error), original.origin))
+            self._leave_out(LeftOut(name, str(error), original.origin), name)
+
+    def _leave_out(self, one: LeftOut, name: str) -> None:
+        # Two patterns may well match the same file.
+        if not (_is_file(one) and name in self._seen):
+            self._added.left_out.append(one)
+        self._seen.setdefault(name, "")
 
     async def _take(self, original: Original) -> None:
         digest = await asyncio.to_thread(original.digest, self._max_chars)
@@ -366,7 +370,7 @@ class _Adding:
         return vectors
 
 
-def _is_file(one: Source | Original) -> bool:
+def _is_file(one: Source | Original | LeftOut) -> bool:
     return one.origin.startswith("/")
 
 
