@@ -26,7 +26,10 @@ class IngestParams(Params):
 
 
 class Ingest(StepType[IngestParams]):
-    """Its output counts what changed: `{"added", "updated", "unchanged", "removed", "embedded", "chunks"}`."""
+    """Its output counts what changed: `{"added", "updated", "unchanged", "removed", "embedded", "chunks", "left_out"}`.
+
+    `left_out` lists the documents that could not be taken, each with its `source` and `why`.
+    """
 
     name = "ingest"
     params = IngestParams

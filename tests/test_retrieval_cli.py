@@ -54,7 +54,6 @@ def test_an_index_is_created_filled_searched_listed_and_dropped(ran: Run) -> Non
         "",
     )
     assert ran("add", "pets", "docs") == (0, "2 added, 0 updated, 0 unchanged; 2 texts embedded\n", "")
-    assert ran("add", "pets", "docs/*.md") == (0, "0 added, 2 updated, 0 unchanged; 0 texts embedded\n", "")
     assert ran("add", "pets", "docs/*.md") == (0, "0 added, 0 updated, 2 unchanged; 0 texts embedded\n", "")
     status, out, err = ran("search", "pets", "purring cats", "--top-k", "1")
     assert (status, err) == (0, "")
@@ -104,6 +103,131 @@ def test_what_is_gone_is_pruned_when_asked(ran: Run) -> None:
     assert (
         ran("add", "docs", "./docs/", "--prune")[1] == "0 added, 0 updated, 1 unchanged, 1 removed; 0 texts embedded\n"
     )
+
+
+def sources(ran: Run, name: str = "docs") -> list[str]:
+    """All documents with the word `text`."""
+    found = json.loads(ran("search", name, "text", "--top-k", "100", "--json")[1])["documents"]
+    return sorted(one["source"] for one in found)
+
+
+@pytest.mark.parametrize("gone", ["docs/b.md", "docs/b*", "docs/**/b.md", "docs", ".", "./docs/../docs/b.md"])
+def test_a_document_whose_file_is_gone_is_pruned_by_every_argument_that_would_find_it(ran: Run, gone: str) -> None:
+    write(a="one text", b="two text")
+    ran("create", "docs", "--embedding", "none")
+    ran("add", "docs", ".")
+    ran("add", "docs", "docs/*.md")
+    for path in ("docs/a.md", "docs/b.md") if gone == "docs" else ("docs/b.md",):
+        Path(path).unlink()
+    if gone == "docs":
+        Path("docs").rmdir()
+    status, out, err = ran("add", "docs", gone, "--prune")
+    assert (status, err) == (0, "")
+    assert f"{2 if gone == 'docs' else 1} removed" in out
+    assert sources(ran) == ([] if gone == "docs" else ["docs/a.md"])
+
+
+def test_pruning_a_folder_leaves_alone_what_would_not_be_found_there(ran: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(a="one text")
+    Path("docs2").mkdir()
+    Path("docs2/c.md").write_text("other text")
+    Path("docs/.hidden.md").write_text("hidden text")
+    ran("create", "docs", "--embedding", "none")
+    ran("add", "docs", "docs", "docs2", "docs/.hidden.md")
+    Path("docs/.hidden.md").unlink()
+    Path("docs2/c.md").unlink()
+    assert "removed" not in ran("add", "docs", "docs", "docs/*.md", "--prune")[1]
+    # The same names in another folder are other files.
+    Path("docs/a.md").unlink()
+    Path("elsewhere/docs").mkdir(parents=True)
+    monkeypatch.chdir("elsewhere")
+    assert "removed" not in ran("add", "docs", "docs", "--prune")[1]
+    assert sources(ran) == ["docs/.hidden.md", "docs/a.md", "docs2/c.md"]
+
+
+def test_a_file_has_one_name_however_it_is_found(ran: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(a="one text")
+    ran("create", "docs", "--embedding", "none")
+    ran("add", "docs", "docs", f"{Path.cwd()}/docs/a.md")
+    Path("way").symlink_to("docs", target_is_directory=True)
+    monkeypatch.chdir("docs")
+    assert (
+        ran("add", "docs", "a.md", "../docs", "../way", "../way/a.md", "../way/*.md")[1]
+        == "0 added, 0 updated, 1 unchanged; 0 texts embedded\n"
+    )
+    assert sources(ran) == ["docs/a.md"]
+
+
+def test_a_name_is_not_taken_from_a_file_that_is_still_there(ran: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Path.cwd()
+    for project in ("one", "two"):
+        Path(project).mkdir()
+        Path(project, "README.md").write_text(f"{project} text")
+    ran("create", "docs", "--embedding", "none")
+    monkeypatch.chdir(home / "one")
+    ran("add", "docs", ".")
+    monkeypatch.chdir(home / "two")
+    why = f"'README.md' in index 'docs' is '{home}/one/README.md', and this is '{home}/two/README.md': add it by its"
+    status, out, err = ran("add", "docs", ".", "--prune")
+    assert (status, out) == (0, "0 added, 0 updated, 0 unchanged, 1 left out; 0 texts embedded\n")
+    assert err.startswith(f"left out: {why} absolute path")
+    status, _, err = ran("add", "docs", "README.md")
+    assert status == 2
+    assert why in err
+    assert ran("add", "docs", f"{home}/two")[0] == 0
+    assert sources(ran) == [f"{home}/two/README.md", "README.md"]
+    # A project that was moved takes its names along.
+    (home / "one").rename(home / "moved")
+    monkeypatch.chdir(home / "moved")
+    assert ran("add", "docs", ".")[1] == "0 added, 1 updated, 0 unchanged; 0 texts embedded\n"
+
+
+def test_pruning_standard_input_concerns_no_other_document(ran: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran("create", "docs", "--embedding", "none")
+    for name in ("s1.txt", "s2.txt", "s2.txt"):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"some text of " + name.encode())))
+        assert "removed" not in ran("add", "docs", "-", "--as", name, "--prune")[1]
+    assert sources(ran) == ["s1.txt", "s2.txt"]
+
+
+def test_links_that_lead_out_of_a_folder_are_left_out_and_a_file_that_is_named_is_followed(ran: Run) -> None:
+    for name in ("secret/key.md", "docs/a.md", "docs/.env"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("text of " + name)
+    Path("docs/out.md").symlink_to("../secret/key.md")
+    Path("docs/hidden.md").symlink_to(".env")
+    Path("docs/in.md").symlink_to("a.md")
+    Path("docs/folder").symlink_to("../secret", target_is_directory=True)
+    Path("way").symlink_to("docs", target_is_directory=True)
+    for asked in ("docs", "way", "docs/*.md", "docs/*/*.md"):
+        given = list(read([asked]))
+        taken = {Path(one.name).name for one in given if isinstance(one, Original)}
+        assert taken == ({"a.md", "in.md"} if asked != "docs/*/*.md" else set())
+        left = {Path(one.name).name for one in given if isinstance(one, LeftOut)}
+        assert left == ({"out.md", "hidden.md"} if asked != "docs/*/*.md" else {"key.md"})
+    ran("create", "docs", "--embedding", "none")
+    status, out, err = ran("add", "docs", "docs")
+    assert (status, out) == (0, "2 added, 0 updated, 0 unchanged, 2 left out; 0 texts embedded\n")
+    assert "left out: 'docs/out.md' is a link that leads out of 'docs', or to what is hidden there\n" in err
+    assert ran("add", "docs", "docs", "docs/*.md", "docs/out.md")[1] == (
+        "1 added, 0 updated, 2 unchanged, 2 left out; 0 texts embedded\n"
+    )
+    assert "docs/out.md" in sources(ran)
+
+
+def test_what_cannot_be_read_in_its_encoding_or_has_no_name_is_left_out(ran: Run) -> None:
+    write(a="one text")
+    Path("docs/latin.txt").write_bytes("Grüße".encode("latin-1"))
+    Path("docs/empty.html").write_text("<html><body></body></html>")
+    Path(os.fsdecode(b"docs/n\xe4me.md")).write_text("text")
+    ran("create", "docs", "--embedding", "none")
+    added = json.loads(ran("add", "docs", "docs", "--json")[1])
+    assert added["added"] == 1
+    assert [(one["name"], one["why"].split(":")[0]) for one in added["left_out"]] == [
+        ("docs/empty.html", "'docs/empty.html' has no text"),
+        ("docs/latin.txt", "'docs/latin.txt' is not UTF-8"),
+        (r"docs/n\udce4me.md", r"'docs/n\udce4me.md' has a name that is not UTF-8"),
+    ]
 
 
 def test_standard_input_is_a_document_with_a_name(ran: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +291,10 @@ def test_a_providers_model_is_asked_with_the_key_of_the_environment(ran: Run) ->
         (["create", "docs"], "index 'docs' is there already: drop it, or take another name"),
         (["add", "docs", "nowhere"], "'nowhere': there is no such file or folder, and as a pattern it matches nothing"),
         (["add", "docs", "*.nothing"], "'*.nothing': there is no such file"),
+        (["add", "docs", "a.m"], "it matches nothing; what came from it earlier is taken out with --prune"),
+        (["add", "docs", "a.m", "--prune"], "matches nothing, and nothing in index 'docs' is from there"),
+        (["add", "docs", ""], "'' names no file or folder: write . for the current directory"),
+        (["add", "docs", "a.md", "", "--prune"], "'' names no file or folder"),
         (["add", "docs"], "Missing argument"),
         (["add", "docs", ".", "-m", "x"], "--metadata 'x': write name=value"),
         (["add", "docs", ".", "-m", "=x"], "--metadata '=x': write name=value"),
@@ -281,15 +409,19 @@ def test_folders_are_read_without_what_is_hidden_or_made_by_tools(ran: Run) -> N
     Path("docs/nowhere").symlink_to("not-there")
     given = list(read(["docs"], metadata={"k": 1}))
     assert [one.name for one in given] == ["docs/a.md", "docs/b.md", "docs/nowhere", "docs/sub/c.md"]
-    assert [one.why for one in given if isinstance(one, LeftOut)] == ["'docs/nowhere' is no file that can be read"]
-    assert {(one.origin, one.metadata["k"]) for one in given if isinstance(one, Original)} == {("docs", 1)}
+    assert [one.why for one in given if isinstance(one, LeftOut)] == ["'docs/nowhere' is a link to what is not there"]
+    assert {one.origin for one in given} == {f"{Path.cwd()}/{one.name}" for one in given}
+    assert {one.metadata["k"] for one in given if isinstance(one, Original)} == {1}
     assert documents.count(["docs", "-", "docs/**/*.md", f"{Path.cwd()}/*/b.[m]d"]) == 4 + 1 + 3 + 1
 
 
 def test_a_file_that_was_named_has_to_be_readable(ran: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo("pipe")
-    with pytest.raises(InputError, match="'pipe' is no file that can be read"):
+    with pytest.raises(InputError, match="'pipe' is a pipe, and no file that can be read"):
         list(read(["pipe"]))
+    Path("nowhere").symlink_to("not-there")
+    with pytest.raises(InputError, match="'nowhere' is a link to what is not there"):
+        list(read(["nowhere"]))
     monkeypatch.setattr(documents, "LARGEST", 10)
     Path("big.txt").write_text("x" * 11)
     with pytest.raises(InputError, match=r"'big\.txt' has more than 0 MiB"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import re
 import sys
@@ -256,12 +257,91 @@ def test_html_is_read_without_scripts_and_menus_and_cut_at_its_headings() -> Non
     assert cut[-1].position == {"heading": "Guide > Install"}
 
 
-@pytest.mark.parametrize("html", ["", "<", "<p", "no tags", "<!--", "<p>" * 3000 + "deep"])
+@pytest.mark.parametrize(
+    ("html", "text"),
+    [
+        ("<article><header><h1>Title</h1></header><p>Text.</p></article>", "# Title\n\nText."),
+        ("<body><main><header><h1>Title</h1></header><p>Text.</p></main></body>", "# Title\n\nText."),
+        ("<head><title>The\npage</title></head><body><h2>Part</h2>Text.</body>", "# The page\n\n## Part\n\nText."),
+        ("<title>Site</title><body><main><h1>Page</h1>Text.</main></body>", "# Page\n\nText."),
+        ("<body><header><h1>Page</h1><p>Menu</p></header><p>Text.</p></body>", "# Page\n\nText."),
+        ("<title>Page</title><body><pre># no title</pre></body>", "# Page\n\n```\n# no title\n```"),
+        ("<body><article>One.</article><aside>Ad.</aside><article>Two.</article></body>", "One.\n\nTwo."),
+        ("<body><article>One.<article>In it.</article></article></body>", "One.\nIn it."),
+        ("<html><body><form><h1>T</h1><p>Text.</p><button>Go</button></form></body></html>", "# T\n\nText."),
+        ("Before it.\n\nA <main> is the main part, and <article> one.", None),
+        ("Before it. <main>The main part.</main>", "Before it. The main part."),
+        ("no tags\n\nat all", None),
+        ("<meta charset=latin-1><p>Grüße</p>", "Grüße"),
+    ],
+)  # fmt: skip
+def test_nothing_that_a_page_is_about_is_lost(html: str, text: str | None) -> None:
+    said = "\n".join(chunk.text for chunk in pieces(html, "a.html"))
+    # Markdown does not care for how many blanks there are.
+    assert said.split() == (html if text is None else text).split()
+
+
+@pytest.mark.parametrize("html", ["<p", "<", "<!--", "<p>" * 3000 + "deep"])
 def test_odd_html_is_read_or_refused_in_words(html: str) -> None:
     try:
         pieces(html, "a.htm")
     except InputError as error:
-        assert "nested too deeply" in str(error)  # noqa: PT017
+        assert re.search(r"nested too deeply|has no text", str(error))  # noqa: PT017
+
+
+@pytest.mark.parametrize("html", ["", " ", "<html><body><script>write()</script></body></html>", "<body><img></body>"])
+def test_a_page_without_any_text_says_so(html: str) -> None:
+    with pytest.raises(
+        InputError, match=r"'a\.html' has no text: where a script writes it, save the page as a browser"
+    ):
+        pieces(html, "a.html")
+
+
+def test_what_is_given_as_text_is_no_pdf_whatever_it_is_called() -> None:
+    (chunk,) = pieces("What the report says.", "https://example.org/report.pdf")
+    assert (chunk.text, chunk.position) == ("What the report says.", {"line": 1, "end_line": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", codecs.BOM_UTF8 + "Grüße".encode()),
+        ("a.txt", codecs.BOM_UTF16_LE + "Grüße".encode("utf-16-le")),
+        ("a.md", codecs.BOM_UTF16_BE + "Grüße".encode("utf-16-be")),
+        ("a.txt", codecs.BOM_UTF32_LE + "Grüße".encode("utf-32-le")),
+        ("a.txt", codecs.BOM_UTF32_BE + "Grüße".encode("utf-32-be")),
+        ("a.py", "# -*- coding: latin-1 -*-\n'Grüße'".encode("latin-1")),
+        ("a.py", "#!/usr/bin/env python\n# vim: set fileencoding=cp1251 :\n'Grüße Привет'".encode("cp1251", "ignore")),
+        ("a.py", "# -*- coding: latin-1-unix -*-\n'Grüße'".encode("latin-1")),
+        ("a.html", codecs.BOM_UTF16_LE + "<p>Grüße</p>".encode("utf-16-le")),
+        ("a.html", "<meta charset=latin-1><p>„Grüße“</p>".encode("cp1252")),
+        ("a.html", b'<meta http-equiv=x content="text/html; charset=UTF-16"><p>Gr\xc3\xbc\xc3\x9fe</p>'),
+        ("a.xhtml", '<?xml version="1.0" encoding="iso-8859-15"?><p>Grüße</p>'.encode("iso-8859-15")),
+    ],
+)  # fmt: skip
+def test_text_is_read_in_the_encoding_that_it_says(name: str, content: bytes) -> None:
+    said = " ".join(chunk.text for chunk in pieces(content, name))
+    assert "Grüße" in said or "Привет" in said
+    assert "\ufffd" not in said
+    assert "\ufeff" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", "Grüße".encode("latin-1"), "is not UTF-8: convert it first, as with iconv -f LATIN1 -t UTF-8"),
+        ("a.html", "<p>Grüße</p>".encode("latin-1"), "is not UTF-8: convert it first"),
+        ("a.py", "'Grüße'".encode("latin-1"), "is not UTF-8: convert it first"),
+        ("a.py", b"# coding: nonsense\nx", "is not UTF-8, and not the nonsense that it says it is: convert it"),
+        ("a.py", b"# coding: rot13\nx", "not the rot13 that it says it is"),
+        ("a.txt", codecs.BOM_UTF16_LE + b"abc", "not the utf-16-le that it says it is"),
+        ("a.md", "# coding: latin-1\nGrüße".encode("latin-1"), "is not UTF-8: convert it first"),
+        ("a.txt", "Grüße".encode("utf-16-le"), "is no text"),
+    ],
+)  # fmt: skip
+def test_text_in_who_knows_what_encoding_is_refused_and_not_mangled(name: str, content: bytes, said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        pieces(content, name)
 
 
 @pytest.mark.parametrize(("name", "module", "kind"), [("a.pdf", "pypdf", "PDF"), ("a.html", "markdownify", "HTML")])
@@ -270,4 +350,4 @@ def test_without_the_extra_that_reads_a_file_it_is_said_what_to_type(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(InputError, match=rf"'{name}': to read {kind}, type: pip install 'ferrum\[documents\]'"):
-        pieces("", name)
+        pieces(b"", name)

@@ -145,7 +145,7 @@ def test_what_vanished_from_where_it_came_is_pruned_and_nothing_else(indexes: In
         (folder / name).write_text(f"# {name}")
     (folder / "b.md").write_bytes(b"\0")
     add(indexes, [Original("elsewhere.md", "stays", origin="elsewhere")])
-    origin = documents.origin_of(f"{folder}/")
+    origin = f"{folder}/"
     added = add(indexes, list(documents.read([str(folder)])), prune=[origin])
     assert counts(added) == (2, 0, 0, 0, 0)
     assert [one.name for one in added.left_out] == [f"{folder}/b.md"]
@@ -159,11 +159,11 @@ def test_what_vanished_from_where_it_came_is_pruned_and_nothing_else(indexes: In
 
 
 def test_an_act_of_ingesting_makes_the_index_and_prunes_what_acts_put(indexes: Indexes) -> None:
-    def ingest(*texts: str, **more: Any) -> dict[str, int]:
+    def ingest(*texts: str, **more: Any) -> dict[str, Any]:
         given = tuple(NewDocument(text=text, source=f"{text}.md") for text in texts)
         act = Ingest(index="notes", documents=given, **more)
         reply = asyncio.run(indexes.ingest("default", act, default="lexical"))
-        return reply.model_dump(exclude={"usage", "embedded"})
+        return reply.model_dump(exclude={"usage", "embedded", "left_out"})
 
     assert ingest("one", "two") == {"added": 2, "updated": 0, "unchanged": 0, "removed": 0, "chunks": 2}
     assert ingest("two", prune=True) == {"added": 0, "updated": 0, "unchanged": 1, "removed": 1, "chunks": 1}
@@ -318,14 +318,27 @@ def test_a_document_that_cannot_be_kept_is_refused(name: str, metadata: dict[str
         Original(name, "text", metadata)
 
 
-def test_documents_that_contradict_each_other_or_are_no_text_are_refused(indexes: Indexes) -> None:
+def test_what_cannot_be_taken_is_left_out_and_what_stands_beside_it_goes_in(indexes: Indexes) -> None:
+    def act(*sources: str) -> Ingest:
+        return Ingest(index="docs", documents=tuple(NewDocument(text="some text", source=one) for one in sources))
+
     indexes.create("default", "docs", "none")
-    with pytest.raises(InputError, match=r"'a\.md' was given twice, with different contents"):
-        add(indexes, [Original("a.md", "one"), Original("a.md", "two")])
-    assert counts(add(indexes, [Original("a.md", "one"), Original("a.md", "one")])) == (1, 0, 0, 0, 0)
+    added = add(indexes, [Original("a.md", "one"), Original("b.txt", b"\0\1"), Original("a.md", "two"), PAPERS[0]])
+    assert counts(added) == (2, 0, 0, 0, 0)
+    assert [(one.name, one.why) for one in added.left_out] == [
+        ("b.txt", "'b.txt' is no text: leave it out, or convert it first"),
+        ("a.md", "'a.md' was given twice, with different contents: name them differently"),
+    ]
+    assert counts(add(indexes, [Original("a.md", "one"), Original("a.md", "one")])) == (0, 0, 1, 0, 0)
     with pytest.raises(InputError, match=r"'b\.txt' is no text"):
-        add(indexes, [Original("b.txt", b"\0\1")])
-    assert [one.name for one in add(indexes, [Original("b.txt", b"\0\1", origin="*")]).left_out] == ["b.txt"]
+        add(indexes, [Original("b.txt", b"\0\1", named=True)])
+    reply = asyncio.run(indexes.ingest("default", act("https://example.org/a.pdf", "a\nb", "c.md"), default="none"))
+    assert (reply.added, [one.source for one in reply.left_out]) == (2, ["a\nb"])
+    assert "cannot be the name of a source" in reply.left_out[0].why
+
+
+def test_what_cannot_be_asked_for_is_refused(indexes: Indexes) -> None:
+    indexes.create("default", "docs", "none")
     with pytest.raises(InputError, match="pieces of 10 characters"):
         add(indexes, PAPERS, max_chars=10)
     with pytest.raises(NotFound, match="there is no index 'dogs'"):
@@ -335,11 +348,10 @@ def test_documents_that_contradict_each_other_or_are_no_text_are_refused(indexes
 def test_odd_text_is_kept_and_found(indexes: Indexes) -> None:
     indexes.create("default", "docs", "lexical")
     odd = "lone \ud800 surrogate, \0 nul, \r\n line end, 😀"
-    broken = b"\xef\xbb\xbfno UTF-8: \xff"
-    add(indexes, [Original("a.txt", odd), Original("b.txt", broken), Original("c.txt", "")])
+    add(indexes, [Original("a.txt", odd), Original("b.txt", b"\xef\xbb\xbfwith a mark"), Original("c.txt", "")])
     (found,) = find(indexes, "surrogate", mode="text")
     assert found.text == "lone � surrogate, � nul, \n line end, 😀"
-    assert [one.text for one in find(indexes, "utf", mode="text")] == ["no UTF-8: �"]
+    assert [one.text for one in find(indexes, "mark", mode="text")] == ["with a mark"]
     assert find(indexes, "\ud800 \0 ?!") == find(indexes, "?!") == []
 
 

@@ -84,7 +84,15 @@ def test_what_a_step_gives_an_index_another_finds_with_its_source(fleet: Fleet, 
     view = run({"fill": ingest("pets"), "find": search("pets", "how long does a cat sleep?", needs=["fill"])})
     assert view.status is RunStatus.COMPLETED, view
     said: Any = view.outputs
-    assert said["fill"] == {"added": 3, "updated": 0, "unchanged": 0, "removed": 0, "embedded": 3, "chunks": 3}
+    assert said["fill"] == {
+        "added": 3,
+        "updated": 0,
+        "unchanged": 0,
+        "removed": 0,
+        "embedded": 3,
+        "chunks": 3,
+        "left_out": [],
+    }
     first = said["find"]["documents"][0]
     assert (first["source"], first["metadata"]) == ("cats.md", {"kind": "pet"})
     assert first["text"] == "# Cats\n\nA cat sleeps sixteen hours a day."
@@ -97,8 +105,25 @@ def test_only_what_changed_is_put_again_and_what_is_not_given_any_more_goes_if_t
     changed = [{**PETS[0], "text": "# Cats\n\nA cat purrs."}, PETS[1]]
     outputs({"fill": ingest("again")})
     said = outputs({"fill": ingest("again", changed, prune=True)})
-    assert said["fill"] == {"added": 0, "updated": 1, "unchanged": 1, "removed": 1, "embedded": 1, "chunks": 2}
+    assert said["fill"] == {
+        "added": 0,
+        "updated": 1,
+        "unchanged": 1,
+        "removed": 1,
+        "embedded": 1,
+        "chunks": 2,
+        "left_out": [],
+    }
     assert sources(outputs({"find": search("again", "iron rusts", mode="text")})["find"]) == []
+
+
+def test_a_document_that_cannot_be_taken_is_named_in_the_output_and_the_others_go_in(fleet: Fleet) -> None:
+    report = {"source": "https://example.org/report.pdf", "text": "Tea was sold in May."}
+    empty = {"source": "empty.html", "text": "<html><body></body></html>"}
+    said = outputs({"fill": ingest("mixed-bag", [empty, report])})["fill"]
+    assert (said["added"], [one["source"] for one in said["left_out"]]) == (1, ["empty.html"])
+    assert said["left_out"][0]["why"].startswith("'empty.html' has no text")
+    assert sources(outputs({"find": search("mixed-bag", "tea", mode="text")})["find"]) == [report["source"]]
 
 
 def test_a_search_is_narrowed_by_what_documents_are_and_by_how_near_they_are(fleet: Fleet) -> None:

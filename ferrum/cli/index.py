@@ -92,23 +92,30 @@ def add_documents(
     from ferrum.retrieval import documents
 
     given = pairs("--metadata", metadata)
-    total = documents.count(paths)
-    originals = documents.read(paths, metadata=given, stdin=sys.stdin.buffer, stdin_name=stdin_name)
-    origins = [documents.origin_of(path) for path in paths] if prune else []
+    gone = documents.absent(paths)
+    if gone and not prune:
+        raise documents.not_there(gone[0], "; what came from it earlier is taken out with --prune")
+    there = [path for path in paths if path not in gone]
+    total = documents.count(there)
+    originals = documents.read(there, metadata=given, stdin=sys.stdin.buffer, stdin_name=stdin_name)
+
+    async def fill(indexes: Indexes, tenant: str, embed: Any) -> Added:
+        for path in gone:
+            if not indexes.has_from(tenant, name, path):
+                raise documents.not_there(path, f", and nothing in index {name!r} is from there")
+        return await indexes.add(tenant, name, originals, embed=embed, prune=paths if prune else (), progress=show)
+
     with click.progressbar(length=total, file=sys.stderr, hidden=not sys.stderr.isatty(), label=name) as bar:
 
         def show(added: Added) -> None:
             bar.update(added.seen - bar.pos)
 
-        added = _awaited(
-            lambda indexes, tenant, embed: indexes.add(
-                tenant, name, originals, embed=embed, prune=origins, progress=show
-            )
-        )
+        added = _awaited(fill)
     for one in added.left_out:
         click.echo(f"left out: {one.why}", err=True)
     value = asdict(added)
     del value["seen"]
+    value["left_out"] = [{"name": one.name, "why": one.why} for one in added.left_out]
     done(value, _sentence(added), as_json)
 
 

@@ -338,6 +338,16 @@ class NewDocument(BaseModel):
     metadata: dict[str, JsonValue] = {}
 
 
+class NotTaken(BaseModel):
+    """A document that an index was given and does not have."""
+
+    model_config = ConfigDict(frozen=True)
+
+    source: str
+    #: For people.
+    why: str
+
+
 class IngestReply(Reply):
     """What became of the documents that an index was given."""
 
@@ -350,6 +360,7 @@ class IngestReply(Reply):
     embedded: int = 0
     #: Pieces that the index has now.
     chunks: int = 0
+    left_out: tuple[NotTaken, ...] = ()
 
 
 class Ingest(Act[IngestReply]):

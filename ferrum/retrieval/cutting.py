@@ -19,11 +19,10 @@ from typing import Final
 from pydantic import JsonValue
 
 from ferrum.retrieval import extract
-from ferrum.retrieval.documents import Original
+from ferrum.retrieval.documents import HTML, PYTHON, Original
 from ferrum.retrieval.store import Chunk
 
 MARKDOWN: Final = frozenset({".md", ".markdown", ".mdx"})
-PYTHON: Final = frozenset({".py", ".pyi"})
 CODE: Final = frozenset(
     re.findall(
         r"\S+",
@@ -60,12 +59,13 @@ class _Section:
 def cut(original: Original, max_chars: int = MAX_CHARS) -> list[Chunk]:
     """The pieces of a document, in order, none of them empty and none longer than `max_chars`.
 
-    Raises `InputError` for what is no text, and for PDF and HTML without the extra that reads them.
+    What is given as text is no PDF, whatever it is called. Raises `InputError` for what is no text, for pages without
+    any, and for PDF and HTML without the extra that reads them.
     """
-    if original.suffix in extract.PDF:
-        parts = enumerate(extract.pages(original), 1)
+    if original.suffix in extract.PDF and isinstance(original.content, bytes):
+        parts = enumerate(extract.pages(original, original.content), 1)
         return [chunk for page, text in parts for chunk in _chunks(text, _plain(text), max_chars, {"page": page})]
-    if original.suffix in extract.HTML:
+    if original.suffix in HTML and extract.is_html(original.text):
         text = extract.markdown(original)
         return list(_chunks(text, _markdown(text, max_chars), max_chars, {}))
     text = original.text

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from itertools import takewhile
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, Self
 
 from pydantic import JsonValue
 
@@ -29,7 +32,25 @@ _SURROGATES: Final = re.compile("[\ud800-\udfff]")
 _NOT_READ: Final = frozenset({"node_modules", "__pycache__"})
 
 #: Taken into every digest. A change in how documents are read or cut changes it, and they are all cut anew.
-_EDITION: Final = 1
+_EDITION: Final = 2
+
+PYTHON: Final = frozenset({".py", ".pyi"})
+HTML: Final = frozenset({".html", ".htm", ".xhtml"})
+
+#: The longer ones first: that of UTF-32 begins as that of UTF-16 does.
+_MARKS: Final = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+#: How Python says in one of its first two lines what it is encoded in (PEP 263).
+_CODING: Final = re.compile(rb"\A(?:[ \t\f]*(?:#[^\r\n]*)?\r?\n)?[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)")
+#: How HTML says it at its beginning.
+_CHARSET: Final = re.compile(
+    rb"""<(?:meta\b[^>]*?\bcharset|\?xml\b[^>]*?\bencoding)\s*=\s*["']?\s*([-\w.:]+)""", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +63,11 @@ class Original:
     name: str
     content: bytes | str
     metadata: Mapping[str, JsonValue] = field(default_factory=dict)
-    #: What was asked for when it was read; documents of the same origin are pruned together.
+    #: The path of its file, absolute and without links on the way; `-` for standard input; else whatever it is that
+    #: groups documents that are pruned together.
     origin: str = ""
+    #: Whether it was asked for by itself: then it is an error that it cannot be taken, else it is left out.
+    named: bool = False
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -55,12 +79,17 @@ class Original:
 
     @property
     def text(self) -> str:
-        """Its text with plain line ends. Raises `InputError` for what is no text."""
+        """Its text with plain line ends. Raises `InputError` for what is no text, or in who knows what encoding."""
         if isinstance(self.content, str):
             return clean(self.content)
-        if b"\0" in self.content[:8192]:
+        encoding, mark = _encoding(self.content, self.suffix)
+        if b"\0" in self.content[:8192] and not mark:
             raise InputError(f"{self.name!r} is no text: leave it out, or convert it first")
-        return clean(self.content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace"))
+        try:
+            return clean(self.content[len(mark) :].decode(encoding))
+        except (UnicodeError, LookupError):
+            said = "" if encoding == "utf-8" else f", and not the {encoding} that it says it is"
+        raise InputError(f"{self.name!r} is not UTF-8{said}: convert it first, as with iconv -f LATIN1 -t UTF-8")
 
     def digest(self, *ways: JsonValue) -> str:
         """sha256 over all that its chunks are made from; `ways` is how they are."""
@@ -71,17 +100,37 @@ class Original:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A file that is there and was not read."""
+    """A document that was not taken."""
 
     name: str
     #: For people.
     why: str
+    #: As that of an `Original`.
+    origin: str = ""
 
 
 def clean(text: str) -> str:
     """Text that every store can keep: line ends are `\\n`, and what is no character is `�`."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "�")
     return text if text.isascii() else _SURROGATES.sub("�", text)
+
+
+def _encoding(content: bytes, suffix: str) -> tuple[str, bytes]:
+    """What a file is encoded in, as far as it says, and the mark by which it begins."""
+    for mark, encoding in _MARKS:
+        if content.startswith(mark):
+            return encoding, mark
+    said = _CODING.match(content) if suffix in PYTHON else _CHARSET.search(content[:1024]) if suffix in HTML else None
+    encoding = said[1].decode("ascii", "replace").lower() if said else "utf-8"
+    if suffix in PYTHON:
+        # Emacs says line ends there, too, and Python takes no notice.
+        encoding = re.sub(r"-(?:unix|dos|mac)$", "", encoding)
+    if suffix in HTML:
+        # By the HTML standard (13.2.3.2 and its labels): who reads this can read it, so it is not UTF-16; and what is
+        # called Latin-1 is what Windows understands by it.
+        encoding = "utf-8" if encoding.startswith("utf") else encoding
+        encoding = "cp1252" if encoding in ("iso-8859-1", "latin-1", "latin1", "ascii", "us-ascii") else encoding
+    return encoding, b""
 
 
 def read(
@@ -93,51 +142,110 @@ def read(
 ) -> Iterator[Original | LeftOut]:
     """The documents of these files, folders and patterns (`docs/**/*.md`), in order; `-` is `stdin`.
 
-    Of folders everything is read but hidden files and what is no text. Raises `InputError` for one that does not exist
-    or that matches nothing, and for a file that was named and cannot be read.
+    Of folders everything is read but hidden files and what is no text; links that lead out of a folder, or out of where
+    a pattern begins, are left out. A file that was named is read wherever it leads. Raises `InputError` for what does
+    not exist or matches nothing, and for a file that was named and cannot be read.
     """
     for one in asked:
         if one == "-":
             if stdin is None:
                 raise InputError("'-' stands for standard input, and there is none")
-            yield Original(stdin_name, stdin.read(), metadata or {}, "-")
+            yield Original(stdin_name, stdin.read(), metadata or {}, "-", named=True)
             continue
-        origin = origin_of(one)
-        paths = _paths(one, origin)
-        for path in paths:
-            yield _document(path, metadata or {}, origin, named=paths == [origin])
-
-
-def origin_of(asked: str) -> str:
-    """The `origin` of all that `read` finds for one of the things that it is asked for."""
-    return asked if asked == "-" else os.path.normpath(asked)
+        place = Place.of(one)
+        for path in place.files():
+            yield _document(path, metadata or {}, place)
 
 
 def count(asked: Sequence[str]) -> int:
     """How many documents `read` will come to. Raises `InputError` as that does, before anything is read."""
-    return sum(1 if one == "-" else len(_paths(one, origin_of(one))) for one in asked)
+    return sum(1 if one == "-" else len(Place.of(one).files()) for one in asked)
 
 
-def _paths(asked: str, origin: str) -> list[str]:
-    if os.path.isdir(origin):  # noqa: PTH112 - patterns are texts
-        return list(_walk(origin))
-    if os.path.lexists(origin):
-        return [origin]
-    found = _matches(origin)
-    if not found:
-        raise InputError(f"{asked!r}: there is no such file or folder, and as a pattern it matches nothing")
-    return found
+def absent(asked: Sequence[str]) -> list[str]:
+    """Those of which there is nothing now. Raises `InputError` for what could never be something."""
+    return [one for one in asked if one != "-" and not Place.of(one).is_there()]
 
 
-def _matches(pattern: str) -> list[str]:
-    """The files that a pattern matches; it follows no links to folders, so it comes to an end."""
-    parts = Path(pattern).parts
-    fixed = list(takewhile(lambda part: not glob.has_magic(part), parts))
-    if len(fixed) == len(parts):
-        return []
-    top = Path(*fixed)
-    found = (path for path in top.glob(str(Path(*parts[len(fixed) :]))) if path.is_file())
-    return sorted(str(path) for path in found if all(map(_is_read, path.relative_to(top).parts)))
+def not_there(asked: str, then: str) -> InputError:
+    return InputError(f"{asked!r}: there is no such file or folder, and as a pattern it matches nothing{then}")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where `read` looks for one of the things that it is asked for."""
+
+    asked: str
+    #: The file or folder, or the folder in which a pattern begins: absolute, and without links on the way.
+    top: str
+    #: How files are to be called, from `top` on; empty where it is no pattern.
+    pattern: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, asked: str) -> Self:
+        """Raises `InputError` for nothing, which would be the whole current directory to the system."""
+        if not asked:
+            raise InputError("'' names no file or folder: write . for the current directory")
+        path = os.path.normpath(asked)
+        parts = Path(path).parts
+        fixed = list(takewhile(lambda part: not glob.has_magic(part), parts))
+        if len(fixed) == len(parts) or os.path.lexists(path):
+            return cls(asked, os.path.realpath(path) if os.path.isdir(path) else _entry(path))  # noqa: PTH112
+        return cls(asked, os.path.realpath(Path(*fixed)), parts[len(fixed) :])
+
+    @property
+    def is_file(self) -> bool:
+        return not self.pattern and not os.path.isdir(self.top)  # noqa: PTH112
+
+    def is_there(self) -> bool:
+        return bool(self._matches()) if self.pattern else os.path.lexists(self.top)
+
+    def files(self) -> list[str]:
+        """Their paths as they were asked for, in order. Raises `InputError` where there is nothing."""
+        path = os.path.normpath(self.asked)
+        if not self.is_file and not self.pattern:
+            return list(_walk(path))
+        found = self._matches() if self.pattern else [path] if self.is_there() else []
+        if not found:
+            raise not_there(self.asked, "")
+        return found
+
+    def _matches(self) -> list[str]:
+        """The files that a pattern matches; `**` follows no links to folders, so it comes to an end."""
+        top = Path(*Path(os.path.normpath(self.asked)).parts[: -len(self.pattern)])
+        found = (path for path in top.glob(str(Path(*self.pattern))) if path.is_file())
+        return sorted(str(path) for path in found if all(map(_is_read, path.relative_to(top).parts)))
+
+    def covers(self, origin: str) -> bool:
+        """Whether a document of this origin would be found here, if it were there."""
+        if origin == self.top:
+            return not self.pattern
+        parts = _below(self.top, origin)
+        return parts is not None and all(map(_is_read, parts)) and (not self.pattern or _fits(parts, self.pattern))
+
+    def holds(self, path: str) -> bool:
+        """Whether a file that was found here is here, and its path is no link to elsewhere or to what is not read."""
+        parts = _below(self.top, os.path.realpath(path))
+        return parts is not None and all(map(_is_read, parts))
+
+
+def _entry(path: str) -> str:
+    """The absolute path without links on the way; what it leads to may be one itself."""
+    folder, name = os.path.split(os.path.abspath(path))  # noqa: PTH100
+    return os.path.join(os.path.realpath(folder), name)  # noqa: PTH118
+
+
+def _below(folder: str, path: str) -> tuple[str, ...] | None:
+    inside = path.startswith(folder.rstrip(os.sep) + os.sep)
+    return Path(path[len(folder) :].lstrip(os.sep)).parts if inside else None
+
+
+def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    if not pattern or not parts:
+        return pattern == parts
+    if pattern[0] == "**":
+        return _fits(parts, pattern[1:]) or _fits(parts[1:], pattern)
+    return fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
 
 
 def _is_read(name: str) -> bool:
@@ -150,22 +258,28 @@ def _walk(folder: str) -> Iterator[str]:
         yield from (os.path.normpath(Path(at) / name) for name in sorted(filter(_is_read, files)))
 
 
-def _document(path: str, metadata: Mapping[str, JsonValue], origin: str, *, named: bool) -> Original | LeftOut:
-    name = path.replace(os.sep, "/")
+def _document(path: str, metadata: Mapping[str, JsonValue], place: Place) -> Original | LeftOut:
+    name, origin = path.replace(os.sep, "/"), _entry(path)
     try:
-        return Original(name, _content(path), metadata, origin)
+        if not place.is_file and not place.holds(path):
+            raise InputError(f"{path!r} is a link that leads out of {place.asked!r}, or to what is hidden there")
+        return Original(name, _content(path), metadata, origin, named=place.is_file)
     except InputError as error:
-        if named:
+        if place.is_file:
             raise
-        return LeftOut(name, str(error))
+        return LeftOut(name.encode("utf-8", "backslashreplace").decode(), str(error), origin)
 
 
 def _content(path: str) -> bytes:
     try:
-        if not os.path.isfile(path):  # noqa: PTH113
-            raise InputError(f"{path!r} is no file that can be read")
+        kind = os.stat(path).st_mode  # noqa: PTH116
+        if not stat.S_ISREG(kind):
+            raise InputError(f"{path!r} is {_KINDS.get(stat.S_IFMT(kind), 'no file')}, and no file that can be read")
         with open(path, "rb") as file:  # noqa: PTH123
             content = file.read(LARGEST + 1)
+    except FileNotFoundError as error:
+        gone = "is a link to what is not there" if os.path.islink(path) else "is gone"  # noqa: PTH114
+        raise InputError(f"{path!r} {gone}") from error
     except OSError as error:
         raise InputError(f"{path!r} cannot be read: {error.strerror}") from error
     if len(content) > LARGEST:
@@ -173,8 +287,19 @@ def _content(path: str) -> bytes:
     return content
 
 
+_KINDS: Final = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
 def check_name(name: str) -> None:
     """Raises `InputError` for what cannot be the name of a source."""
+    if _SURROGATES.search(name):
+        raise InputError(f"{name[:80]!r} has a name that is not UTF-8: rename it")
     if not name or len(name) > LONGEST_NAME or not name.isprintable():
         raise InputError(
             f"{name[:80]!r} cannot be the name of a source: it has 1 to {LONGEST_NAME} characters that can be printed"

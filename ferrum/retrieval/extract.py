@@ -5,32 +5,36 @@ from __future__ import annotations
 import io
 import logging
 import re
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ferrum.errors import InputError
 from ferrum.retrieval.documents import Original, clean
 
+if TYPE_CHECKING:
+    from bs4 import BeautifulSoup, Tag
+
 PDF: Final = frozenset({".pdf"})
-HTML: Final = frozenset({".html", ".htm", ".xhtml"})
 
 #: What of a page is not what it is about.
 _BESIDE: Final = (
-    "script",
-    "style",
-    "noscript",
-    "template",
-    "svg",
-    "nav",
-    "header",
-    "footer",
-    "aside",
-    "form",
-    "iframe",
+    "script", "style", "noscript", "template", "svg", "nav", "aside", "iframe",
+    # A form may be around all of a page; what one fills in is beside the matter.
+    "button", "datalist", "label", "select", "textarea",
+)  # fmt: skip
+
+#: What tells a page, or a part of one, from a text that mentions a tag: what ends, or begins as only HTML does.
+_HTML: Final = re.compile(
+    r"<!doctype\b|</[a-z][\w-]*\s*>|<(?:html|head|body|p|br|hr|li|h[1-6]|meta)\b[^<>]*>", re.IGNORECASE
 )
+#: What a whole page has, and a part of one has not.
+_WHOLE: Final = re.compile(r"<!doctype\b|<(?:html|body)\b", re.IGNORECASE)
+
+#: The first line of XHTML.
+_XML: Final = re.compile(r"\A\s*<\?xml\b[^>]*>")
 
 
-def pages(original: Original) -> list[str]:
-    """The text of each page of a PDF. Raises `InputError` for one that cannot be read or has no text."""
+def pages(original: Original, content: bytes) -> list[str]:
+    """The text of each page of a PDF, `content`. Raises `InputError` for one that cannot be read or has no text."""
     try:
         from pypdf import PdfReader
         from pypdf.errors import PyPdfError
@@ -39,7 +43,7 @@ def pages(original: Original) -> list[str]:
     # Of what is odd in a file that can be read all the same, nobody has to know.
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)
     try:
-        reader = PdfReader(io.BytesIO(_bytes(original)))
+        reader = PdfReader(io.BytesIO(content))
         if reader.is_encrypted and not reader.decrypt(""):
             raise InputError(f"{original.name!r} needs a password: save it without one first")
         texts = [clean(page.extract_text()) for page in reader.pages]
@@ -52,26 +56,61 @@ def pages(original: Original) -> list[str]:
     return texts
 
 
+def is_html(text: str) -> bool:
+    """Whether it is more than a plain text that speaks of HTML; nothing at all is an empty page."""
+    return not text.strip() or _HTML.search(text) is not None
+
+
 def markdown(original: Original) -> str:
-    """An HTML page as Markdown, without scripts, menus and what else is beside the matter."""
+    """An HTML page as Markdown, without scripts, menus and what else is beside the matter.
+
+    Raises `InputError` for one that has no text.
+    """
     try:
         from bs4 import BeautifulSoup
         from markdownify import MarkdownConverter
     except ImportError:
         raise _missing(original, "HTML") from None
+    source = original.text
+    converter = MarkdownConverter(heading_style="atx", strip=["img", "a"])
     try:
-        page = BeautifulSoup(_bytes(original), "html.parser")
-        for beside in page(_BESIDE):
-            beside.decompose()
-        matter = page.find("main") or page.find("article") or page.body or page
-        text = clean(MarkdownConverter(heading_style="atx", strip=["img", "a"]).convert_soup(matter))
+        page = BeautifulSoup(_XML.sub("", source), "html.parser")
+        title = _without_beside(page)
+        # In a part of a page, there is nothing around the matter.
+        matter = _matter(page) if _WHOLE.search(source) else [page]
+        text = "\n\n".join(clean(converter.convert_soup(one)).strip() for one in matter)
     except RecursionError as error:
         raise InputError(f"{original.name!r} is nested too deeply to be read as HTML") from error
+    if not text.strip():
+        raise InputError(
+            f"{original.name!r} has no text: where a script writes it, save the page as a browser shows it"
+        )
+    if title and not any(one.name == "h1" or one.find("h1") for one in matter):
+        text = f"# {title}\n\n{text}"
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
-def _bytes(original: Original) -> bytes:
-    return original.content.encode("utf-8", "replace") if isinstance(original.content, str) else original.content
+def _without_beside(page: BeautifulSoup) -> str:
+    """Take out of a page what is beside the matter; what the page is called, in one line."""
+    for beside in page(_BESIDE):
+        beside.decompose()
+    named = page.find("title") or page.find("h1")
+    title = " ".join(clean(named.get_text(" ")).split()) if named else ""
+    for beside in page("title"):
+        beside.decompose()
+    # Those of an article belong to it; others are of the site.
+    for beside in page(["header", "footer"]):
+        if not beside.decomposed and not beside.find_parent(["article", "main", "section"]):
+            beside.decompose()
+    return title
+
+
+def _matter(page: BeautifulSoup) -> list[Tag]:
+    """What the page says is its main part, else all of its articles, else everything."""
+    for kind in ("main", "article"):
+        if found := [one for one in page(kind) if not one.find_parent(kind)]:
+            return found
+    return [page.body or page]
 
 
 def _missing(original: Original, kind: str) -> InputError:

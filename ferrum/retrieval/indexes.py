@@ -18,11 +18,11 @@ from pydantic import JsonValue
 from ulid import ULID
 
 from ferrum.errors import Conflict, InputError, NotFound, SettingsError, Unavailable
-from ferrum.governance.acts import Ingest, IngestReply, Search, SearchReply
+from ferrum.governance.acts import Ingest, IngestReply, NewDocument, NotTaken, Search, SearchReply
 from ferrum.retrieval import embedders
 from ferrum.retrieval import search as searching
 from ferrum.retrieval.cutting import FEWEST, MAX_CHARS, MOST, cut
-from ferrum.retrieval.documents import LeftOut, Original, check_metadata, clean
+from ferrum.retrieval.documents import LeftOut, Original, Place, check_metadata, clean
 from ferrum.retrieval.store import SOURCE, Chunk, Counts, Index, Source, Store, Update, Vector
 from ferrum.settings import Settings
 
@@ -149,11 +149,12 @@ class Indexes:
 
         Only what changed is cut and embedded, and a text that the index has a vector of is not embedded again. Each
         document changes at once as a whole; where this is stopped, what was done stays, and the same call goes on from
-        there. A piece has at most `max_chars` characters. `prune` names origins: what came from these earlier and is
-        not among `originals` any more is taken out.
+        there. A piece has at most `max_chars` characters. `prune` names origins, and files, folders and patterns as
+        `read` is asked for them: what came from there earlier and is not among `originals` any more is taken out.
 
-        A document that was named by itself and cannot be read raises `InputError`; of a folder or pattern it is left
-        out. Raises what `embed` raises.
+        A file keeps the name under which it was added first, also where it is found by another path. What cannot be
+        taken is left out, but for a file that was named by itself, of which `InputError` is raised. A name that stands
+        for another file, which is still there, is not given to a second one. Raises what `embed` raises.
         """
         if not FEWEST <= max_chars <= MOST:
             raise InputError(f"pieces of {max_chars} characters: let them have {FEWEST} to {MOST} at the most")
@@ -161,13 +162,19 @@ class Indexes:
         adding = _Adding(self.store, index, embed, max_chars, progress or (lambda _: None))
         return await adding.all(originals, prune)
 
+    def has_from(self, tenant: str, name: str, asked: str) -> bool:
+        """Whether something was read from this file, folder or pattern, there or not, and is in the index now."""
+        from_there = _from([asked])
+        return any(map(from_there, self.store.sources(self.describe(tenant, name)).values()))
+
     async def ingest(self, tenant: str, act: Ingest, *, embed: Embed | None = None, default: str) -> IngestReply:
         """Carry out an act of ingesting; `default` is the embedder of an index that is made and that names none.
 
-        Its `prune` takes out what earlier acts put, and nothing that was added by path.
+        A document that cannot be taken is left out, and the others are not. Its `prune` takes out what earlier acts
+        put, and nothing that was added by path.
         """
         index = await asyncio.to_thread(self.ensure, tenant, act.index, act.embedding, default)
-        originals = [Original(one.source, one.text, one.metadata) for one in act.documents]
+        originals = [_given(one) for one in act.documents]
         done = await self.add(tenant, index.name, originals, embed=embed, prune=[""] if act.prune else ())
         counts = await asyncio.to_thread(self.store.counts, index)
         return IngestReply(
@@ -177,6 +184,7 @@ class Indexes:
             removed=done.removed,
             embedded=done.embedded,
             chunks=counts.chunks,
+            left_out=tuple(NotTaken(source=one.name, why=one.why) for one in done.left_out),
         )
 
     async def search(self, tenant: str, search: Search, *, embed: Embed | None = None) -> SearchReply:
@@ -195,6 +203,21 @@ class Indexes:
 
     def close(self) -> None:
         self.store.close()
+
+
+def _given(one: NewDocument) -> Original | LeftOut:
+    try:
+        return Original(one.source, one.text, one.metadata)
+    except InputError as error:
+        return LeftOut(clean(one.source), str(error))
+
+
+def _from(prune: Collection[str]) -> Callable[[Source], bool]:
+    """Whether a document came from one of these."""
+    places = [Place.of(one) for one in prune if one not in ("", "-")]
+    # Each document of standard input has come alone.
+    origins = {*prune} - {"-"}
+    return lambda source: source.origin in origins or any(place.covers(source.origin) for place in places)
 
 
 def open_store(settings: Settings) -> Store:
@@ -258,51 +281,78 @@ class _Adding:
         self._pending: list[Update] = []
         #: What was in the index at the beginning.
         self._known: Mapping[str, Source] = {}
+        #: How each file is called in the index, by its path.
+        self._names: dict[str, str] = {}
+        #: The digests of what was given, by name; of what was left out it is empty.
+        self._seen: dict[str, str] = {}
         self._added = Added()
 
     async def all(self, originals: Iterable[Original | LeftOut], prune: Collection[str]) -> Added:
         self._known = known = await asyncio.to_thread(self._store.sources, self._index)
-        seen: dict[str, str] = {}
+        self._names = {one.origin: one.name for one in known.values() if _is_file(one)}
         given = iter(originals)
         # To read the next one blocks.
         while (original := await asyncio.to_thread(next, given, None)) is not None:
-            if isinstance(original, LeftOut):
-                seen[original.name] = ""
-                self._added.left_out.append(original)
-            else:
-                await self._one(original, seen)
+            await self._one(original)
+            if sum(len(update.chunks) for update in self._pending) >= _PUT:
+                await self._put()
             self._added.seen += 1
             self._progress(self._added)
         await self._put()
         if prune:
-            gone = [one.name for one in known.values() if one.origin in prune and one.name not in seen]
+            is_from = _from(prune)
+            gone = [one.name for one in known.values() if one.name not in self._seen and is_from(one)]
             await asyncio.to_thread(self._store.remove, self._index, gone)
             self._added.removed = len(gone)
         self._progress(self._added)
         return self._added
 
-    async def _one(self, original: Original, seen: dict[str, str]) -> None:
+    async def _one(self, original: Original | LeftOut) -> None:
+        name = self._names.get(original.origin, original.name)
+        if isinstance(original, LeftOut):
+            self._leave_out(original, name)
+            return
+        original = replace(original, name=name)
+        try:
+            self._check_is_its(original)
+            await self._take(original)
+        except InputError as error:
+            if original.named:
+                raise
+            self._leave_out(LeftOut(name, str(error), original.origin), name)
+
+    def _leave_out(self, one: LeftOut, name: str) -> None:
+        # Two patterns may well match the same file.
+        if not (_is_file(one) and name in self._seen):
+            self._added.left_out.append(one)
+        self._seen.setdefault(name, "")
+
+    async def _take(self, original: Original) -> None:
         digest = await asyncio.to_thread(original.digest, self._max_chars)
         source = Source(original.name, digest, original.origin, original.metadata)
-        if original.name in seen:
+        if before := self._seen.get(original.name):
             # Two patterns may well match the same file.
-            if seen[original.name] != digest:
+            if before != digest:
                 raise InputError(f"{original.name!r} was given twice, with different contents: name them differently")
             return
-        seen[original.name] = digest
         if self._known.get(original.name) == source:
             self._added.unchanged += 1
+        else:
+            self._pending.append(Update(source, await asyncio.to_thread(cut, original, self._max_chars)))
+        self._seen[original.name] = digest
+        if _is_file(original):
+            self._names.setdefault(original.origin, original.name)
+
+    def _check_is_its(self, original: Original) -> None:
+        """Raises `InputError` where its name is that of another file, which is still there."""
+        known = self._known.get(original.name)
+        if known is None or known.origin == original.origin or not (_is_file(known) and _is_file(original)):
             return
-        try:
-            chunks = await asyncio.to_thread(cut, original, self._max_chars)
-        except InputError as error:
-            if original.origin in ("", "-", original.name):
-                raise
-            self._added.left_out.append(LeftOut(original.name, str(error)))
-            return
-        self._pending.append(Update(source, chunks))
-        if sum(len(update.chunks) for update in self._pending) >= _PUT:
-            await self._put()
+        if os.path.lexists(known.origin):
+            raise InputError(
+                f"{original.name!r} in index {self._index.name!r} is {known.origin!r}, and this is {original.origin!r}:"
+                " add it by its absolute path, so that they have two names"
+            )
 
     async def _put(self) -> None:
         if not self._pending:
@@ -333,6 +383,10 @@ class _Adding:
             self._added.embedded += len(part)
             self._progress(self._added)
         return vectors
+
+
+def _is_file(one: Source | Original | LeftOut) -> bool:
+    return one.origin.startswith("/")
 
 
 async def _embedded(index: Index, texts: Sequence[str], embed: Embed | None) -> Sequence[Sequence[float]]:
