@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -143,6 +145,32 @@ def test_pruning_a_folder_leaves_alone_what_would_not_be_found_there(ran: Run, m
     monkeypatch.chdir("elsewhere")
     assert "removed" not in ran("add", "docs", "docs", "--prune")[1]
     assert sources(ran) == ["docs/.hidden.md", "docs/a.md", "docs2/c.md"]
+
+
+@pytest.mark.parametrize("unread", ["docs", "docs/sub"])
+def test_what_is_in_a_folder_that_cannot_be_read_is_not_pruned(
+    ran: Run, monkeypatch: pytest.MonkeyPatch, unread: str
+) -> None:
+    write(a="one text")
+    Path("docs/sub").mkdir()
+    Path("docs/sub/b.md").write_text("two text")
+    ran("create", "docs", "--embedding", "none")
+    ran("add", "docs", "docs")
+    scan = os.scandir
+
+    def scandir(path: str) -> Any:
+        if path == unread:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    status, out, err = ran("add", "docs", "docs", "--prune")
+    assert (status, err) == (
+        0,
+        f"left out: {unread!r} is a folder that cannot be read: what is in the index of it stays\n",
+    )
+    assert "removed" not in out
+    assert sources(ran) == ["docs/a.md", "docs/sub/b.md"]
 
 
 def test_a_file_has_one_name_however_it_is_found(ran: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,8 +225,9 @@ class Place:
 
     def holds(self, path: str) -> bool:
         """Whether a file that was found here is here, and its path is no link to elsewhere or to what is not read."""
-        parts = _below(self.top, os.path.realpath(path))
-        return parts is not None and all(map(_is_read, parts))
+        real = os.path.realpath(path)
+        parts = _below(self.top, real)
+        return real == self.top if parts is None else all(map(_is_read, parts))
 
 
 def _entry(path: str) -> str:
@@ -253,9 +254,12 @@ def _is_read(name: str) -> bool:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    for at, folders, files in os.walk(folder):
+    """The files of a folder and of those in it, and the folders that cannot be read."""
+    unread: list[OSError] = []
+    for at, folders, files in os.walk(folder, onerror=unread.append):
         folders[:] = sorted(filter(_is_read, folders))
         yield from (os.path.normpath(Path(at) / name) for name in sorted(filter(_is_read, files)))
+    yield from (os.path.normpath(error.filename) for error in unread)
 
 
 def _document(path: str, metadata: Mapping[str, JsonValue], place: Place) -> Original | LeftOut:
@@ -273,6 +277,8 @@ def _document(path: str, metadata: Mapping[str, JsonValue], place: Place) -> Ori
 def _content(path: str) -> bytes:
     try:
         kind = os.stat(path).st_mode  # noqa: PTH116
+        if stat.S_ISDIR(kind):
+            raise InputError(f"{path!r} is a folder that cannot be read: what is in the index of it stays")
         if not stat.S_ISREG(kind):
             raise InputError(f"{path!r} is {_KINDS.get(stat.S_IFMT(kind), 'no file')}, and no file that can be read")
         with open(path, "rb") as file:  # noqa: PTH123
@@ -292,7 +298,6 @@ _KINDS: Final = {
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a folder",
 }
 
 

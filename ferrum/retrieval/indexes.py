@@ -288,8 +288,8 @@ class _Adding:
         self._added = Added()
 
     async def all(self, originals: Iterable[Original | LeftOut], prune: Collection[str]) -> Added:
-        self._known = known = await asyncio.to_thread(self._store.sources, self._index)
-        self._names = {one.origin: one.name for one in known.values() if _is_file(one)}
+        self._known = await asyncio.to_thread(self._store.sources, self._index)
+        self._names = {one.origin: one.name for one in self._known.values() if _is_file(one)}
         given = iter(originals)
         # To read the next one blocks.
         while (original := await asyncio.to_thread(next, given, None)) is not None:
@@ -300,8 +300,7 @@ class _Adding:
             self._progress(self._added)
         await self._put()
         if prune:
-            is_from = _from(prune)
-            gone = [one.name for one in known.values() if one.name not in self._seen and is_from(one)]
+            gone = self._gone(prune)
             await asyncio.to_thread(self._store.remove, self._index, gone)
             self._added.removed = len(gone)
         self._progress(self._added)
@@ -320,6 +319,16 @@ class _Adding:
             if original.named:
                 raise
             self._leave_out(LeftOut(name, str(error), original.origin), name)
+
+    def _gone(self, prune: Collection[str]) -> list[str]:
+        """What came from there and was not given now; what is in a folder that could not be read may be there still."""
+        is_from = _from(prune)
+        unread = {one.origin for one in self._added.left_out if _is_file(one)}
+        return [
+            one.name
+            for one in self._known.values()
+            if one.name not in self._seen and is_from(one) and unread.isdisjoint(map(str, Path(one.origin).parents))
+        ]
 
     def _leave_out(self, one: LeftOut, name: str) -> None:
         # Two patterns may well match the same file.
