@@ -212,6 +212,11 @@ def test_a_search_that_cannot_be_is_refused_in_a_sentence(asked: dict[str, Any],
     assert str(refused.value) == said
 
 
+def test_a_search_without_a_query_says_that_it_needs_one() -> None:
+    with pytest.raises(InputError, match="a search needs 'query'"):
+        Search(index="docs")  # type: ignore[call-arg]
+
+
 @pytest.mark.parametrize("mode", ["hybrid", "vector", "text"])
 def test_what_has_nothing_in_common_with_the_query_is_not_found(indexes: Indexes, mode: str) -> None:
     indexes.create("default", "docs", "lexical")
