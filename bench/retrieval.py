@@ -260,14 +260,14 @@ def _imported(results: Any) -> None:
 
 
 def _quality(folder: Path) -> None:
-    from judged import constitution, indexed, judge, standard_library
+    from judged import constitution, indexed, judge, libraries
 
     from ferrum.retrieval import embedders
     from ferrum.retrieval.sqlite import SqliteStore
 
     store = SqliteStore(folder)
     given = ["lexical", *(["local"] if embedders.is_installed() else [])]
-    corpora: dict[str, Callable[[], Any]] = {"Constitution": constitution, "standard library": standard_library}
+    corpora: dict[str, Callable[[], Any]] = {"Constitution": constitution, "libraries": libraries}
     print(f"\n{'recall@10, nDCG@10':46}{'text':>14}{'vector':>14}{'hybrid':>14}")
     for title, make in corpora.items():
         corpus = make()

@@ -5,14 +5,11 @@ from __future__ import annotations
 import ast
 import asyncio
 import hashlib
-import inspect
 import math
 import re
 import statistics
-import sys
 import sysconfig
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +26,9 @@ from ferrum.retrieval.store import Store
 Mode: TypeAlias = Literal["hybrid", "vector", "text"]
 
 CORPORA = Path(__file__).parent / "corpora"
+
+#: Written in Python alone, and with much to say.
+_LIBRARIES = ("aiohttp", "anyio", "celery", "click", "hypothesis", "kombu", "tornado")
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,10 @@ def constitution() -> Corpus:
     )
 
 
-def standard_library(questions: int = 200) -> Corpus:
-    """What this Python's standard library says of itself: a document for each module, class and function.
+def libraries(questions: int = 200) -> Corpus:
+    """The docstrings of some libraries: a document for each module, class and function.
+
+    `requirements.lock` pins these libraries, so the corpus is the same on every machine and for every Python.
 
     Some documents have lost their first sentence, which is what is asked: the one that it was taken from is looked
     for, by the rest of it. Which ones that are follows from their names and not from chance.
@@ -110,19 +112,13 @@ def _first_sentence(text: str) -> tuple[str, str] | None:
 
 
 def _described() -> Iterator[tuple[str, str]]:
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.rglob("*.py")):
-        parts = path.relative_to(library).with_suffix("").parts
-        # Not what is for its own tests, or was installed beside it.
-        if {"test", "tests", "idlelib", "lib2to3", "site-packages", "ensurepip", "__pycache__"} & set(parts):
-            continue
-        if any(part.startswith(("_", "config-")) for part in parts if part != "__init__"):
+    site = Path(sysconfig.get_path("purelib"))
+    for path in sorted(path for library in _LIBRARIES for path in (site / library).rglob("*.py")):
+        parts = path.relative_to(site).with_suffix("").parts
+        if {"test", "tests"} & set(parts) or any(part.startswith("_") for part in parts if part != "__init__"):
             continue
         module = ".".join(part for part in parts if part != "__init__")
-        yield from _in_source(module, path.read_text(encoding="utf-8", errors="replace"))
-    for name in sorted(sys.builtin_module_names):
-        if not name.startswith("_") or name == "_io":
-            yield from _in_module(name)
+        yield from _in_source(module, path.read_text(encoding="utf-8"))
 
 
 def _in_source(module: str, source: str) -> Iterator[tuple[str, str]]:
@@ -142,17 +138,6 @@ def _in_source(module: str, source: str) -> Iterator[tuple[str, str]]:
             if said and not child.name.startswith("_"):
                 signature = "" if isinstance(child, ast.ClassDef) else f"({ast.unparse(child.args)})"
                 yield name, f"# {name}{signature}\n\n{said}"
-
-
-def _in_module(module: str) -> Iterator[tuple[str, str]]:
-    with warnings.catch_warnings():
-        # Some of them are on their way out.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        members = inspect.getmembers(__import__(module))
-    for name, member in members:
-        said = inspect.getdoc(member)
-        if said and not name.startswith("_") and (inspect.isclass(member) or inspect.isroutine(member)):
-            yield f"{module}.{name}", f"# {module}.{name}\n\n{said}"
 
 
 @dataclass(frozen=True)
