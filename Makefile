@@ -19,10 +19,10 @@ export UV_CACHE_DIR ?= $(CURDIR)/.tools/cache
 export PIP_NO_CACHE_DIR ?= 1
 endif
 
-.PHONY: help setup lock check test demo bench clean
+.PHONY: help setup lock check test test-all demo bench clean
 
 help:
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
 
 setup: .venv/.done ## everything that the other targets need, in .venv
 	@:
@@ -52,8 +52,12 @@ check: setup ## style, types, the order of the rooms, the lock
 	@$(BIN)/lint-imports
 	@$(BIN)/pytest -q -p no:cacheprovider tests/test_packaging.py -k lock
 
-test: setup ## all tests, in parallel; fails below 90 % coverage
-	@$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=90 $(ARGS)
+test: setup ## all tests, in parallel; of long chaos, fuzz and attack suites a fair sample; fails below 90 % coverage
+	@$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder --durations=10 \
+		--cov --cov-report=term --cov-fail-under=90 $(ARGS)
+
+test-all: export FERRUM_TEST_SIZE ?= 10
+test-all: test ## the same, and the long suites whole
 
 demo: setup ## an agent as a durable workflow, on the repository it stands in
 	@$(BIN)/python examples/demo.py

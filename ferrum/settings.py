@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from ferrum.errors import SettingsError, did_you_mean
 
 #: Read by other parts of ferrum's own tool chain, not settings of a process.
-_MARKS = frozenset({"FERRUM_REQUIRE_SANDBOX"})
+_MARKS = frozenset({"FERRUM_REQUIRE_SANDBOX", "FERRUM_TEST_SIZE"})
 
 #: An environment variable with one of these in its name holds a secret.
 _SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
