@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
@@ -16,6 +18,15 @@ from ferrum.errors import SettingsError, did_you_mean
 
 #: Read by other parts of ferrum's own tool chain, not settings of a process.
 _MARKS = frozenset({"FERRUM_REQUIRE_SANDBOX", "FERRUM_TEST_SIZE"})
+
+#: Kubernetes tells every pod of the Services beside it: of one named `ferrum-redis` in `FERRUM_REDIS_SERVICE_HOST`,
+#: `FERRUM_REDIS_PORT=tcp://10.0.0.1:6379` and five more (`enableServiceLinks`).
+_SERVICE_LINK: Final = re.compile(
+    r"FERRUM_(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)"
+)
+_SERVICE_ADDRESS: Final = re.compile(r"(?:tcp|udp|sctp)://\S+:\d+")
+
+log = logging.getLogger(__name__)
 
 #: An environment variable with one of these in its name holds a secret.
 _SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
@@ -110,29 +121,30 @@ class Settings(BaseModel):
     exit_when_idle: float | None = Field(
         None, gt=0, description="A worker stops itself after so long without a live run."
     )
+    strict: bool = Field(
+        False, description="Whether an unknown variable `FERRUM_…` is an error that stops the process; else a warning."
+    )
 
 
 def read(environ: Mapping[str, str]) -> Settings:
     """Settings from an environment.
 
-    Raises `SettingsError` for a `FERRUM_` variable that nothing reads and for a value that does not fit.
+    Raises `SettingsError` for a value that does not fit and, where `FERRUM_STRICT` is set, for a `FERRUM_` variable
+    that nothing reads.
     """
-    names = {f"FERRUM_{field.upper()}": field for field in Settings.model_fields}
     values: dict[str, str] = {}
     if url := environ.get("REDIS_URL"):
         values["redis_url"] = url
-    for variable, text in environ.items():
-        if not variable.startswith("FERRUM_") or variable in _MARKS:
-            continue
-        if variable not in names:
-            raise SettingsError(f"{variable} is not a setting of ferrum{did_you_mean(variable, names)}")
-        if text:
-            values[names[variable]] = text
+    for variable, field in _names().items():
+        if text := environ.get(variable):
+            values[field] = text
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         raise SettingsError(f"FERRUM_{str(first['loc'][0]).upper()}: {first['msg']}") from error
+    if settings.strict and (wrong := unknown(environ)):
+        raise SettingsError(wrong[0])
     if settings.heartbeat * 3 > settings.lease:
         raise SettingsError("FERRUM_LEASE must be at least three times FERRUM_HEARTBEAT, or one late beat loses a step")
     if settings.redis_url is not None and not _is_redis_url(settings.redis_url.get_secret_value()):
@@ -142,6 +154,30 @@ def read(environ: Mapping[str, str]) -> Settings:
             "rediss://… or unix:///path/to/socket"
         )
     return settings.model_copy(update={"home": settings.home.expanduser()})
+
+
+def unknown(environ: Mapping[str, str]) -> list[str]:
+    """A sentence for each `FERRUM_` variable that nothing reads; none for what Kubernetes says of its Services."""
+    names = _names()
+    return [
+        f"{variable} is not a setting of ferrum{did_you_mean(variable, names)}"
+        for variable, text in environ.items()
+        if variable.startswith("FERRUM_")
+        and variable not in names
+        and variable not in _MARKS
+        and not _is_service_link(variable, text)
+    ]
+
+
+@cache
+def _names() -> dict[str, str]:
+    return {f"FERRUM_{field.upper()}": field for field in Settings.model_fields}
+
+
+def _is_service_link(variable: str, text: str) -> bool:
+    if variable.endswith("_PORT") and _SERVICE_ADDRESS.fullmatch(text):
+        return True
+    return _SERVICE_LINK.fullmatch(variable) is not None
 
 
 def _is_redis_url(url: str) -> bool:
@@ -155,8 +191,11 @@ def _is_redis_url(url: str) -> bool:
 
 @cache
 def settings() -> Settings:
-    """The settings of this process, read once."""
-    return read(os.environ)
+    """The settings of this process, read once; unknown variables are logged as warnings."""
+    found = read(os.environ)
+    for sentence in unknown(os.environ):
+        log.warning("%s", sentence)
+    return found
 
 
 def redact(text: str) -> str:
