@@ -14,6 +14,10 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 # No Python but the one of this machine.
 export UV_PYTHON_DOWNLOADS := never
 export UV_NO_PROGRESS ?= 1
+# The certificates of this machine: behind a company's proxy those that uv brings know no issuer. By both names that uv
+# has had for it.
+export UV_SYSTEM_CERTS ?= 1
+export UV_NATIVE_TLS ?= 1
 ifneq ($(shell test -n "$$HOME" -a -w "$$HOME" && echo yes),yes)
 export UV_CACHE_DIR ?= $(CURDIR)/.tools/cache
 export PIP_NO_CACHE_DIR ?= 1

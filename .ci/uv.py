@@ -20,6 +20,8 @@ from pathlib import Path
 #: The first that knows every option in the Makefile.
 OLDEST = (0, 8)
 NEEDED = "uv>=0.9,<1"
+#: Where systems keep the certificates that they trust, a company's own among them: Debian, Red Hat, Alpine and macOS.
+BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
 NO_PIP = "ferrum needs uv or pip, and this machine has neither: apt install python3-pip (or put uv on PATH)"
 
 
@@ -48,7 +50,7 @@ def version(uv: str) -> tuple[int, ...]:
 def install(directory: Path) -> None:
     """Raises `SystemExit` with what can be done where there is no pip, and with pip's own words where it fails."""
     # A user's wish for --user or for a virtual environment would contradict --target.
-    env = {**os.environ, "PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0", "PIP_ROOT_USER_ACTION": "ignore"}
+    env = {**trusted(), **os.environ, "PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0", "PIP_ROOT_USER_ACTION": "ignore"}
     options = ["install", "--quiet", "--upgrade", "--only-binary", ":all:", "--target", str(directory), NEEDED]
     for pip, path in pips():
         done = subprocess.run([*pip, *options], env={**env, **path}, check=False)  # noqa: S603
@@ -56,6 +58,15 @@ def install(directory: Path) -> None:
             sys.exit(f"{' '.join(pip)} could not install uv: see above, or put uv on PATH")
         return
     sys.exit(NO_PIP)
+
+
+def trusted() -> dict[str, str]:
+    """What lets a pip before 24.2, which brings certificates of its own, trust those of this machine.
+
+    Not `PIP_CERT`, which would win over the user's own configuration of pip.
+    """
+    bundle = next((bundle for bundle in BUNDLES if Path(bundle).is_file()), None)
+    return {"REQUESTS_CA_BUNDLE": bundle} if bundle else {}
 
 
 def pips() -> Iterator[tuple[list[str], dict[str, str]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -84,6 +85,13 @@ def test_the_lock_has_hashes_for_every_package() -> None:
 
 def test_the_lock_holds_no_version_that_carried_malware() -> None:
     assert not set(locked()["litellm"]) & {Version("1.82.7"), Version("1.82.8")}
+
+
+def test_uv_trusts_the_certificates_of_the_machine() -> None:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("UV_", "MAKE"))}
+    command = ["make", "-s", "--eval=show: ; @env", "show"]
+    said = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True).stdout
+    assert {"UV_SYSTEM_CERTS=1", "UV_NATIVE_TLS=1"} <= set(said.splitlines())
 
 
 def test_nothing_unknown_runs_when_python_starts() -> None:

@@ -239,6 +239,39 @@ def test_a_build_that_is_killed_leaves_the_runtime_in_use(settings: Settings, tm
     assert left_behind(settings) == []
 
 
+def test_an_installer_stands_where_the_requirements_do_and_trusts_what_the_machine_trusts(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A uv.toml in the directory one stands in names an index; behind a proxy uv's own certificates know no issuer."""
+    uv = program(
+        tmp_path / "bin",
+        "uv",
+        """
+        import os, sys
+        sys.exit(f"in {os.getcwd()} with {os.environ['UV_SYSTEM_CERTS']} and {os.environ['UV_NATIVE_TLS']}")
+        """,
+    )
+    (tmp_path / "mine").mkdir()
+    asks(tmp_path / "mine", "anything")
+    monkeypatch.setenv("PATH", f"{uv}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("UV_NATIVE_TLS", "false")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Unavailable, match=f"in {tmp_path}/mine with 1 and false"):
+        prepared.build("mine", settings, Path("mine/requirements.txt"))
+
+
+def test_the_directory_one_stands_in_is_not_where_pip_is_looked_for(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pip.py").write_text("raise SystemExit('a stranger ran')")
+    file = asks(tmp_path, "anything")
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Unavailable) as refused:
+        prepared.build("mine", settings, file)
+    assert "a stranger ran" not in str(refused.value)
+
+
 def test_two_builds_at_once_are_one_after_the_other(settings: Settings, tmp_path: Path) -> None:
     both = [
         building(settings, asks(wheel(tmp_path / version, version=version).parent, tmp_path / version / name))

@@ -122,7 +122,10 @@ def test_a_worker_refuses_a_celeryconfig_with_which_it_would_lose_steps(fleet: F
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({"FERRUM_LEESE": "1", "FERRUM_STRICT": "1"}, "FERRUM_LEESE is not a setting of ferrum (did you mean 'FERRUM_LEASE'?)"),
+        (
+            {"FERRUM_LEESE": "1", "FERRUM_STRICT": "1"},
+            "FERRUM_LEESE is not a setting of ferrum (did you mean 'FERRUM_LEASE'?)",
+        ),
         ({"FERRUM_POLICY": "nowhere.yaml"}, "nowhere.yaml: the policy cannot be read"),
     ],
 )

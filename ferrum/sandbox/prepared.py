@@ -360,8 +360,11 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _install(requirements: Path, site: Path) -> None:
+    options = ["--only-binary", ":all:", "--target", str(site.absolute())]
     done = subprocess.run(  # noqa: S603
-        [*_installer(), "--only-binary", ":all:", "--target", str(site), "--requirement", str(requirements)],
+        [*_installer(), *options, "--requirement", str(requirements.absolute())],
+        # Where we stand there may be a stranger's uv.toml, which names an index.
+        cwd=requirements.absolute().parent,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -379,10 +382,10 @@ def _installer() -> list[str]:
         return [uv, "pip", "install", "--quiet", "--link-mode", "copy", "--python", sys.executable]
     options = ["install", "--quiet", "--no-compile", "--no-input", "--disable-pip-version-check"]
     if find_spec("pip"):
-        return [sys.executable, "-m", "pip", *options]
+        return [sys.executable, "-P", "-m", "pip", *options]
     if base := _outer_pip():
         # The one outside of our virtual environment: of the same Python, so its wheels fit.
-        return [base, "-m", "pip", *options]
+        return [base, "-P", "-m", "pip", *options]
     raise Unavailable("a runtime is built by uv or pip, and this machine has neither: put uv on PATH")
 
 
@@ -393,7 +396,8 @@ def _outer_pip() -> str | None:
 
 
 def _installers_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    return {
+    # The certificates of this machine: behind a company's proxy those that uv brings know no issuer.
+    return {"UV_SYSTEM_CERTS": "1", "UV_NATIVE_TLS": "1"} | {
         name: value
         for name, value in environ.items()
         if name.startswith(_FOR_INSTALLERS) or name.upper() in _ALSO_FOR_INSTALLERS
