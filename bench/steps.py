@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kombu.utils.imports import symbol_by_name
+
 from ferrum.local.redis import PrivateRedis
 
 
@@ -102,11 +104,7 @@ def _start(app: str, threads: str) -> tuple[subprocess.Popen[bytes], float]:
     began = time.monotonic()
     with log.open("wb") as out:
         worker = subprocess.Popen([*command, "-l", "warning"], stdout=out, stderr=out)
-    from celery import Celery
-
-    from ferrum.local.redis import celery_url
-
-    asking = Celery(broker=celery_url(os.environ["FERRUM_REDIS_URL"]))
+    asking = symbol_by_name("ferrum.celery:app" if app == "ferrum" else "bench.plain:app")
     while not asking.control.ping(destination=[f"{app}@bench"], timeout=0.05):
         if worker.poll() is not None or time.monotonic() - began > 60:
             raise SystemExit(log.read_text())

@@ -5,31 +5,24 @@ A task never raises into its canvas: whatever happened is in the record, and the
 
 from __future__ import annotations
 
-import base64
 import json
-import logging
 import os
-import re
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from typing import Any
 
-import redis
 from celery import Celery, Task
 from celery.exceptions import Ignore, InvalidTaskError, Reject
 from celery.worker.request import Request
 from kombu import Queue
-from kombu import __version__ as kombu_version
-from kombu.transport import redis as kombu_redis
-from kombu.transport.redis import Channel
 from pydantic import JsonValue
 
 from ferrum.actors import LiveActors
 from ferrum.artifacts import Artifacts
 from ferrum.breaker import Breaking
+from ferrum.broker import BACKENDS, Broker
 from ferrum.errors import AuthorError, NotFound, Unavailable
 from ferrum.executor import Executor, Outcome, Then
 from ferrum.governance.policy import load_policy
@@ -41,8 +34,6 @@ from ferrum.sending import send, start
 from ferrum.settings import settings
 from ferrum.steps import step_types
 from ferrum.worker import Pulse, install
-
-log = logging.getLogger(__name__)
 
 #: How long a worker's calls outlast a Redis that is away: a step that has acted must get its result recorded.
 _PATIENCE_S = 600
@@ -71,7 +62,10 @@ def _defaults() -> dict[str, Any]:
 
 
 # By `app.conf.update` nothing would be known before it is needed; like this, `ferrum plan` needs no Redis.
-app = Celery("ferrum", set_as_current=True)
+# Not the current app: in a process that has an app of its own, `shared_task`s and results are that one's. Celery makes
+# the app of a worker the current one by itself.
+app = Celery("ferrum", set_as_current=False, amqp=Broker)
+app.loader.override_backends = BACKENDS
 app.add_defaults(_defaults)
 app.config_from_object("celeryconfig")
 
@@ -249,91 +243,3 @@ def run(  # noqa: PLR0917 - messages give them by name
 _queues = ["ferrum", *sorted({kind.queue for kind in step_types().values()})]
 app.conf.task_queues = [Queue(name, routing_key=name) for name in _queues]
 install(app, process)
-
-
-def _mend_kombu(channel: type[Channel]) -> None:
-    """Kombu 5.7.0 dies with an AttributeError instead of reconnecting when Redis goes away while late acks are due.
-
-    A channel whose connection was collapsed has no client any more; said as the connection error that it is, the
-    worker reconnects.
-    """
-    if not re.match(r"5\.7\.0\b", kombu_version):
-        return
-    original: Callable[..., Any] = channel._connparams
-
-    def _connparams(self: Any, asynchronous: bool = False) -> Any:
-        if self.connection is None or self.connection.client is None:
-            raise redis.exceptions.ConnectionError("the broker connection was closed")
-        return original(self, asynchronous)
-
-    channel._connparams = _connparams
-
-
-def _lighten_kombu(channel: type[Channel]) -> None:
-    """Kombu makes a Redis client, with its table of 200 callbacks, for every message that it sends or acknowledges.
-
-    One per connection pool does: a client over a pool is safe to share between threads. It was an eighth of a worker's
-    time.
-    """
-    if not kombu_version.startswith("5.7."):
-        return
-    original: Callable[..., Any] = channel._create_client
-
-    def _create_client(self: Any, asynchronous: bool = False) -> Any:
-        if asynchronous:
-            return original(self, asynchronous)
-        kept = self.__dict__.get("_ferrum_client")
-        if kept is None or kept.connection_pool is not self.pool:
-            kept = self.__dict__["_ferrum_client"] = original(self)
-        return kept
-
-    channel._create_client = _create_client
-
-
-def _sift_kombu(module: Any) -> None:
-    """Anybody may push to a queue, and kombu takes what is no message for a bug of its own: it ended the worker."""
-    loads: Callable[[str], Any] = module.loads
-    deliver: Callable[..., None] = module.Transport._deliver
-
-    def _loads(text: str) -> Any:
-        try:
-            return loads(text)
-        except ValueError:
-            return None
-
-    def _deliver(self: Any, message: Any, queue: str) -> None:
-        if wrong := _no_message(message):
-            log.error("what is no message was dropped from the queue %s: %s (see docs/enqueue.md)", queue, wrong)
-        else:
-            deliver(self, message, queue)
-
-    module.loads, module.Transport._deliver = _loads, _deliver
-
-
-def _no_message(message: Any) -> str | None:
-    """What kombu needs of a message and does not find in this one."""
-    if not isinstance(message, dict):
-        return "it is not a JSON object"
-    if not isinstance(message.get("headers"), dict) or not isinstance(message.get("body"), str):
-        return "its headers are no object, or its body is no text"
-    properties = message.get("properties")
-    if not isinstance(properties, dict) or not isinstance(properties.get("delivery_tag"), str):
-        return "it has no properties.delivery_tag"
-    info = properties.get("delivery_info")
-    if not isinstance(info, dict) or not {"exchange", "routing_key"} <= info.keys():
-        return "it has no properties.delivery_info with exchange and routing_key"
-    if not _decodes(message["body"], properties.get("body_encoding")):
-        return "its body is not encoded as properties.body_encoding says, which is base64 or not there"
-    return None
-
-
-def _decodes(body: str, encoding: object) -> bool:
-    try:
-        return encoding is None or (encoding == "base64" and base64.b64decode(body) is not None)
-    except ValueError:
-        return False
-
-
-_mend_kombu(Channel)
-_lighten_kombu(Channel)
-_sift_kombu(kombu_redis)

@@ -208,6 +208,8 @@ def install(app: Celery, process: Process) -> None:
             parent.options["without_mingle"] = True
             parent.options["without_gossip"] = True
             _check(app)
+            # Here and not where the app is made: a worker of another app may run in a process that imported ferrum.
+            _listen(process)
 
     class Repair(bootsteps.StartStopStep):  # type: ignore[misc]
         requires = ("celery.worker.components:Pool",)
@@ -242,11 +244,18 @@ def install(app: Celery, process: Process) -> None:
     app.steps["worker"].add(Repair)
     app.steps["consumer"].add(Custody)
     _import_users_tasks(app)
-    signals.worker_shutting_down.connect(_hand_back_after_grace(process), weak=False)
-    signals.worker_shutdown.connect(lambda **_: process.stop(), weak=False)
-    signals.worker_process_shutdown.connect(lambda **_: process.stop(), weak=False)
+
+
+def _listen(process: Process) -> None:
+    on = {
+        signals.worker_shutting_down: _hand_back_after_grace(process),
+        signals.worker_shutdown: lambda **_: process.stop(),
+        signals.worker_process_shutdown: lambda **_: process.stop(),
+    }
     if settings().warm:
-        signals.worker_ready.connect(lambda **_: _warm(process), weak=False)
+        on[signals.worker_ready] = lambda **_: _warm(process)
+    for heard, receiver in on.items():
+        heard.connect(receiver, weak=False, dispatch_uid="ferrum")
 
 
 def _check(app: Celery) -> None:

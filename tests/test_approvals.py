@@ -14,6 +14,7 @@ import redis
 from fleet import PATIENCE_S, Fleet, assert_events_agree, effects, ended, eventually, happened, lines, status_of
 
 import ferrum
+from ferrum.broker import UNACKED
 from ferrum.errors import Conflict, NotFound
 from ferrum.results import RunStatus, StepStatus
 from ferrum.runs import record
@@ -255,7 +256,7 @@ def _nothing_held(client: redis.Redis) -> bool:
 
     queues = [queue.name for queue in app.conf.task_queues]
     leases = [key for key in client.scan_iter("ferrum:*:leases") if client.zcard(key)]
-    return not (client.hlen("unacked") or leases or any(client.llen(name) for name in queues))
+    return not (client.hlen(UNACKED) or leases or any(client.llen(name) for name in queues))
 
 
 def _decide_all(runs: list[str], by: str) -> tuple[threading.Thread, set[str], dict[str, str]]:

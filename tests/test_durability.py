@@ -179,7 +179,7 @@ def test_killing_redis_again_and_again_loses_nothing(
 def test_a_worker_outlives_a_redis_that_is_away_while_its_steps_run(
     fleet: Fleet, redis_server: PrivateRedis, redis_url: str, tmp_path: Path
 ) -> None:
-    """Celery 5.7 by itself does not: see `_mend_kombu`."""
+    """Celery 5.7 by itself does not: see `_connparams` of our channel."""
     log = tmp_path / "began"
     worker = fleet.start()
     sleep = {"type": "task", "task": "user.sleep", "input": {"seconds": 1, "log": str(log)}}

@@ -14,6 +14,7 @@ import pytest
 import redis
 from fleet import Fleet, ended, eventually
 
+from ferrum.broker import UNACKED
 from ferrum.results import RunStatus
 from ferrum.runs import record
 
@@ -88,7 +89,7 @@ def test_the_same_message_twice_starts_one_run(fleet: Fleet, client: redis.Redis
     client.lpush("ferrum", message({"workflow": workflow, "input": {"who": "you"}}, other))
     runs = {result(client, one)["result"]["run_id"] for one in (task_id, other)}
     assert len(runs) == 2
-    eventually(lambda: not client.llen("ferrum") and not client.hlen("unacked"))
+    eventually(lambda: not client.llen("ferrum") and not client.hlen(UNACKED))
     plans = [run.plan for run in record().runs(limit=1000)]
     ours = {record().plan_digest(run_id) for run_id in runs}
     assert [plan for plan in plans if plan in ours] == [*ours] * 2
@@ -185,5 +186,5 @@ def test_what_is_no_message_is_dropped_and_the_worker_goes_on(fleet: Fleet, clie
     task_id = str(uuid.uuid4())
     client.lpush("ferrum", message({"workflow": WORKFLOW, "input": {"who": "you"}}, task_id))
     assert result(client, task_id)["result"].keys() == {"run_id"}
-    eventually(lambda: not client.llen("ferrum") and not client.hlen("unacked"))
+    eventually(lambda: not client.llen("ferrum") and not client.hlen(UNACKED))
     assert fleet.workers[0].poll() is None
