@@ -18,12 +18,14 @@ import jsonschema
 import processes
 import pytest
 import yaml
-from fleet import PATIENCE_S, Fleet, eventually, status_of
+from fleet import PATIENCE_S, Fleet, ended, eventually, status_of
 
 from ferrum import cli
 from ferrum.cli.inputs import read_inputs
 from ferrum.errors import InputError
+from ferrum.local.redis import PrivateRedis
 from ferrum.results import RunStatus
+from ferrum.testing.environment import environment
 from ferrum.workflow import Workflow
 
 ROOT = Path(__file__).parent.parent
@@ -437,3 +439,33 @@ def test_a_policy_that_asks_shows_exactly_what_would_be_done(home: Path, tmp_pat
     assert '"text": "a\\u202eb"' in listed
     assert '"tool": "append"' in listed
     assert called(home, "approvals", "reject", run_id).returncode == 0
+
+
+def test_on_a_redis_that_was_named_a_run_starts_no_worker_says_so_and_waits_for_one(
+    home: Path, tmp_path: Path, redis_server: PrivateRedis
+) -> None:
+    file = workflow(tmp_path, {"save": {"type": "artifact", "name": "note.md", "content": "kept"}})
+    with PrivateRedis(tmp_path / "theirs", persistent=False) as theirs:
+        named = {"FERRUM_REDIS_URL": theirs.url, "FERRUM_ARTIFACTS": os.environ["FERRUM_ARTIFACTS"]}
+        later = called(home, "run", file, "--detach", **named)
+        assert later.returncode == 0
+        assert f"no worker is there for the Redis at {tmp_path}/theirs/redis.sock" in later.stderr
+        assert "celery -A ferrum worker" in later.stderr
+        assert not home.exists()
+        with (
+            subprocess.Popen(
+                [sys.executable, "-m", "ferrum", "run", str(file)],
+                env=alone(home, **named), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            ) as following,
+            environment({"FERRUM_REDIS_URL": theirs.url}),
+        ):  # fmt: skip
+            assert following.stderr is not None
+            assert "no worker is there" in following.stderr.readline()
+            fleet = Fleet(theirs.url, tmp_path)
+            try:
+                fleet.start()
+                said, more = following.communicate(timeout=PATIENCE_S)
+                assert (following.returncode, more) == (0, ""), said
+                assert ended(later.stdout.strip()).status == "completed"
+            finally:
+                fleet.stop()

@@ -447,18 +447,6 @@ def test_a_redis_that_goes_away_after_it_was_found_is_waited_for_anew(settings: 
         local.stop()
 
 
-def test_a_redis_of_ones_own_that_goes_away_meanwhile_is_named(tmp_path: Path, worker: list[str]) -> None:
-    server = PrivateRedis(tmp_path / "redis").start()
-    settings = read({"FERRUM_HOME": str(tmp_path / "home"), "FERRUM_REDIS_URL": server.url, "FERRUM_GRACE": "1"})
-
-    def need_worker(url: str) -> bool:
-        server.stop()
-        return not workers(url)
-
-    with pytest.raises(Unavailable, match="no Redis answers at"):
-        ensure(settings, environ(), need_worker=need_worker, worker_ready=lambda url: bool(workers(url)), worker=worker)
-
-
 def test_a_worker_that_never_gets_ready_is_stopped(settings: Settings, worker: list[str]) -> None:
     with pytest.raises(Unavailable, match="no worker was ready after 1 s"):
         ensure(
@@ -490,18 +478,20 @@ def test_two_at_once_share_one_supervisor(settings: Settings, worker: list[str])
     assert not alive(settings.home)
 
 
-def test_a_redis_of_ones_own_is_used_and_left_alone(tmp_path: Path, clean_redis: str, worker: list[str]) -> None:
+def test_on_a_redis_of_ones_own_nothing_is_started(tmp_path: Path, clean_redis: str, worker: list[str]) -> None:
     settings = read({"FERRUM_HOME": str(tmp_path / "home"), "FERRUM_REDIS_URL": clean_redis, "FERRUM_GRACE": "1"})
     local = begin(settings, worker)
-    assert (local.url, local.started) == (clean_redis, True)
-    assert not alive(settings.home)
+    assert (local.url, local.started) == (clean_redis, False)
+    assert workers(clean_redis) == []
+    assert not (tmp_path / "home").exists()
     local.stop()
     assert answers(clean_redis)
 
 
-def test_a_redis_of_ones_own_that_does_not_answer_is_named_without_its_password(tmp_path: Path) -> None:
-    settings = read({"FERRUM_HOME": str(tmp_path), "FERRUM_REDIS_URL": f"unix://:hunter2@{tmp_path}/none.sock"})
-    with pytest.raises(Unavailable, match=r"no Redis answers at /.*none\.sock") as refused:
+@pytest.mark.parametrize("url", ["unix://:hunter2@{}/none.sock", "unix://{}/none.sock?password=hunter2&db=1"])
+def test_a_redis_of_ones_own_that_does_not_answer_is_named_without_its_password(tmp_path: Path, url: str) -> None:
+    settings = read({"FERRUM_HOME": str(tmp_path), "FERRUM_REDIS_URL": url.format(tmp_path)})
+    with pytest.raises(Unavailable, match=r"no Redis answers at /.*none\.sock: ") as refused:
         begin(settings, [])
     assert "hunter2" not in str(refused.value)
 

@@ -31,14 +31,19 @@ _LOOK_S: Final = 2.0
 
 
 class Here:
-    """Redis and a worker for what one command does: found, or started and stopped again."""
+    """Redis and a worker for what one command does: found, or started and stopped again.
+
+    Where settings name a Redis nothing is started, and a worker that is not there is said and waited for.
+    """
 
     def __init__(self) -> None:
         self._started: Local | None = None
+        self._told = False
 
     def ensure(self) -> None:
         """Make sure of both. Raises `Unavailable`."""
         from ferrum.local import supervisor
+        from ferrum.local.redis import place
         from ferrum.settings import settings
 
         local = supervisor.ensure(
@@ -46,6 +51,13 @@ class Here:
         )
         if local.started:
             self._started = local
+        if settings().redis_url is not None and not self._told and not _worker_beats(local.url):
+            self._told = True
+            click.echo(
+                f"no worker is there for the Redis at {place(local.url)}, and none is started here: FERRUM_REDIS_URL "
+                "(or REDIS_URL) names it. A run waits for one; start it where its policy is: celery -A ferrum worker",
+                err=True,
+            )
 
     def submit(
         self, workflow: Workflow, given: Mapping[str, JsonValue], key: str | None, priority: int | None = None

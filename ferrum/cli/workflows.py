@@ -90,7 +90,7 @@ def schema(as_json: bool) -> None:
 def run(  # noqa: PLR0917 - click gives them by name
     file: Path, inputs: tuple[str, ...], detach: bool, key: str | None, priority: int | None, as_json: bool
 ) -> int:
-    """Run a workflow and follow it; starts Redis and a worker where there are none."""
+    """Run a workflow and follow it; without FERRUM_REDIS_URL, starts Redis and a worker where there are none."""
     from ferrum.plan import Plan
     from ferrum.workflow import Workflow
 

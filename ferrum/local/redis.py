@@ -334,6 +334,11 @@ def answers(url: str) -> bool:
     return True
 
 
+def place(url: str) -> str:
+    """The address in a URL of Redis, without user, password and options."""
+    return url.rpartition("@")[2].rpartition("://")[2].partition("?")[0]
+
+
 def _ping(url: str) -> None:
     once = Retry(NoBackoff(), 0)
     with closing(redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5, retry=once)) as client:

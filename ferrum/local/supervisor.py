@@ -4,7 +4,9 @@
 
 starts `python -m ferrum.local.supervisor`, a process of its own that outlives its caller. That starts the private Redis
 (unless there is one already) and one worker, and starts again what dies. When the worker ends by itself, having been
-idle for `FERRUM_EXIT_WHEN_IDLE`, or at SIGTERM, it stops both. There is one supervisor per home.
+idle for `FERRUM_EXIT_WHEN_IDLE`, or at SIGTERM, it stops both. There is one supervisor per home. Where settings name a
+Redis, nothing is started: it is other people's too, and a worker from here would decide on their runs by a policy from
+here.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from types import FrameType
 
 from ferrum.errors import OperatorError, Unavailable
 from ferrum.local.process import end, log_size, make_home, open_log, tail, take_lock, tied
-from ferrum.local.redis import PrivateRedis, alive, answers, running
+from ferrum.local.redis import PrivateRedis, alive, answers, place, running
 from ferrum.settings import Settings, read
 
 #: Run with the supervisor's own interpreter.
@@ -78,20 +80,23 @@ def ensure(
     worker: Sequence[str] = WORKER,
     timeout_s: float = 60.0,
 ) -> Local:
-    """Make sure of a Redis and, where `need_worker(url)`, of a worker; returns when both are there.
+    """Make sure of a private Redis and, where `need_worker(url)`, of a worker; returns when both are there.
 
     The worker gets this process's directory and `environ`. Both questions may raise `Unavailable`: a Redis that has
-    just answered can be on its way out, with a supervisor that had nothing left to do. Raises `Unavailable` where
-    FERRUM_REDIS_URL does not answer, and, with what the logs say, where one of the two does not come up.
+    just answered can be on its way out, with a supervisor that had nothing left to do. Of a Redis that settings name it
+    makes sure that it answers, asks nothing and starts nothing. Raises `Unavailable` where that does not answer, and,
+    with what the logs say, where one of the two does not come up.
     """
-    url = _redis(settings)
+    if settings.redis_url is not None:
+        return Local(_answering(settings.redis_url.get_secret_value()))
+    url = running(settings.home)
     if url is not None and _says(need_worker, url) is False:
         return Local(url)
     launch = _Launch(settings, environ, worker)
     try:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            url = _redis(settings)
+            url = running(settings.home)
             if url is not None and _says(worker_ready, url):
                 return Local(url, launch.pid, settings.grace + 20)
             launch.look()
@@ -110,8 +115,6 @@ class _Launch:
         make_home(self._home)
         self._worker = worker
         self._env = {**environ, "FERRUM_HOME": str(self._home)}
-        if settings.redis_url is not None:
-            self._env["FERRUM_REDIS_URL"] = settings.redis_url.get_secret_value()
         self._logs = {path: log_size(path) for path in (_worker_log(self._home), _own_log(self._home))}
         #: Of our own; `None` while another holds the lock.
         self.pid: int | None = _start(self._home, self._env, worker)
@@ -131,13 +134,9 @@ class _Launch:
         return "\n".join(["the logs end:", *(f"{path}:\n{text}" for path, text in tails if text)])
 
 
-def _redis(settings: Settings) -> str | None:
-    if settings.redis_url is None:
-        return running(settings.home)
-    url = settings.redis_url.get_secret_value()
+def _answering(url: str) -> str:
     if not answers(url):
-        where = url.rpartition("@")[2]
-        raise Unavailable(f"no Redis answers at {where}: start it, or unset FERRUM_REDIS_URL for a private one")
+        raise Unavailable(f"no Redis answers at {place(url)}: start it, or unset FERRUM_REDIS_URL for a private one")
     return url
 
 
@@ -250,8 +249,7 @@ class Supervisor:
         self._signals.put(number)
 
     def _find_redis(self) -> None:
-        external = self._settings.redis_url
-        url = external.get_secret_value() if external else running(self._home)
+        url = running(self._home)
         if url is None:
             self._redis = PrivateRedis(self._home).start()
             url = self._redis.url
@@ -265,7 +263,7 @@ class Supervisor:
             _log.warning("Redis ended; it is started again")
             time.sleep(self._restarts.pause_s(-1, time.monotonic()) or 0)
             self._redis.start()
-        if self._redis is None and self._settings.redis_url is None and not alive(self._home):
+        if self._redis is None and not alive(self._home):
             _log.info("the Redis of %s has been stopped, so the worker is", self._home)
             return 0
         if self._worker is not None and (code := self._worker.poll()) is not None:
