@@ -28,6 +28,8 @@ broker_transport_options: dict[str, Any] = {
     "priority_steps": list(range(10)),
     "queue_order_strategy": "priority",
 }
+# Else what follows a join goes to the first list, ahead of all other runs.
+task_inherit_parent_priority = True
 # The default gives up after 0.6 s, which would fail a chord while Redis restarts.
 task_publish_retry_policy = {"max_retries": 40, "interval_start": 0.2, "interval_step": 0.2, "interval_max": 2}
 result_backend_always_retry = True

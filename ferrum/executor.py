@@ -672,7 +672,7 @@ class _Attempt:
             tenant=self._claim.tenant, parent=(self.run_id, self.step_id),
         )  # fmt: skip
         try:
-            return self._executor.record.create(run)
+            return self._executor.record.create(run).run_id
         except TooDeep:
             raise StepError(f"workflows are inside of each other more than {MAX_DEPTH} deep") from None
 

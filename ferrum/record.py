@@ -17,7 +17,7 @@ Keys, all under `ferrum:{pNN}` where NN is the run's partition:
     :late:<run>     set     the steps that a deadline waits for
     :undo:<run>     list    the steps that completed and can be undone, in that order
     :leases :timers :asks :ready:<queue>:<lane>   sorted sets of `run step`, by time
-    :marks          hash    per queue and lane, when the youngest claimed step had become ready
+    :marks          hash    per queue and lane, when the youngest claimed step had become ready, and what sweeps saw
     :runs           sorted set of runs, by creation
     :live           set of the runs that have not ended
     :holding        set     what steps that wait for their parts hold of all that runs share
@@ -255,6 +255,15 @@ class NewRun:
 
 
 @dataclass(frozen=True, slots=True)
+class Created:
+    """A run that is there."""
+
+    run_id: str
+    #: Of its messages: a tenant with many runs waits behind those with few. `None` where its key began it before.
+    lane: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Need:
     status: StepStatus
     #: Envelope; empty unless it completed.
@@ -424,8 +433,8 @@ class Record(Connection):
 
     # What a run goes through.
 
-    def create(self, run: NewRun) -> str:
-        """Begin a run; returns its id, or the id of the run that its key started first.
+    def create(self, run: NewRun) -> Created:
+        """Begin a run, or say which one its key began first.
 
         Raises `TooDeep`, and `Lost` when the run that it is part of has ended.
         """
@@ -454,7 +463,7 @@ class Record(Connection):
             raise TooDeep
         if reply[0] == "gone":
             raise Lost
-        return run.run_id if reply[0] == "new" else str(reply[1])
+        return Created(run.run_id, int(reply[1])) if reply[0] == "new" else Created(str(reply[1]), None)
 
     def _store_plan(self, run: NewRun) -> None:
         fields = {**run.nodes(), " doc": run.document()}

@@ -29,12 +29,12 @@ def start(
     run_id = new_run_id(key)
     run = plan.new_run(run_id, key, store.keep(checked).dumps(), priority=priority, tenant=tenant)
     began = to.create(run)
-    # Another run means that this key was used before. Otherwise the record is there before the first message leaves:
-    # a quick worker may claim a step before `send` has returned.
-    if began == run_id:
+    # No lane: this key was used before. Otherwise the record is there before the first message leaves: a quick worker
+    # may claim a step before `send` has returned.
+    if began.lane is not None:
         heads = {plan.segment_of[step.id].id: step.id for step in reversed(plan.roots)}
-        send(app, lambda _: plan, [Resend(run_id, head, "head", run.lane) for head in reversed(list(heads.values()))])
-    return began
+        send(app, lambda _: plan, [Resend(run_id, head, "head", began.lane) for head in reversed(list(heads.values()))])
+    return began.run_id
 
 
 def send(app: Celery, plan_of: Callable[[str], Plan], sends: Sequence[Resend]) -> None:

@@ -52,7 +52,7 @@ class ByHand:
             # No other test's runs put it behind them.
             tenant=self.queue,
         )
-        self.run_id = record.create(self.new)
+        self.run_id = record.create(self.new).run_id
         self.held: dict[str, Held] = {}
 
     def _nodes(self) -> dict[str, str]:

@@ -110,7 +110,7 @@ class Office:
     def submit(self, steps: Mapping[str, object], *, tenant: str | None = None, **more: object) -> str:
         """Begin a run, of which nothing was attempted yet."""
         plan = Plan.of({"name": "x", "steps": steps, **more})
-        return self.record.create(plan.new_run(new_run_id(), None, '{"v":{}}', tenant=tenant))
+        return self.record.create(plan.new_run(new_run_id(), None, '{"v":{}}', tenant=tenant)).run_id
 
     def run(self, steps: Mapping[str, object], **more: object) -> str:
         """Begin a run and go on until nothing more happens by itself."""

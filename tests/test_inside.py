@@ -591,7 +591,7 @@ def test_who_has_many_runs_waits_behind_who_has_few(office: Office) -> None:
 
     def begin(tenant: str, *, beside: str = first) -> str:
         made = plan.new_run(new_run_id(beside=beside), None, '{"v":{}}', tenant=tenant)
-        return office.record.create(made)
+        return office.record.create(made).run_id
 
     many = [begin("many") for _ in range(9)]
     assert [lane_of(run) for run in many] == ["4"] * 8 + ["9"]

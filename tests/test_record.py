@@ -25,6 +25,7 @@ from ferrum.record import (
     LANES,
     MAX_LOST,
     Claimed,
+    Created,
     Dropped,
     Ended,
     Frames,
@@ -160,7 +161,7 @@ def test_one_key_starts_one_run(record: Record) -> None:
 def test_a_run_is_begun_once_although_the_answer_was_lost(record: Record, lose_an_answer: Callable[[], None]) -> None:
     run = ByHand(record, CHAIN)
     lose_an_answer()
-    assert record.create(run.new) == run.run_id
+    assert record.create(run.new) == Created(run.run_id, 4)
     assert run.happened() == ["run.created"]
 
 
@@ -185,7 +186,7 @@ def test_ids_made_in_the_same_millisecond_are_different() -> None:
 def test_two_runs_of_one_plan_hold_it_together(record: Record, client: redis.Redis) -> None:
     key = uuid.uuid4().hex
     first = ByHand(record, CHAIN, key=key)
-    second = record.create(replace(first.new, run_id=new_run_id(key), key=None))
+    second = record.create(replace(first.new, run_id=new_run_id(key), key=None)).run_id
     plan_key = f"{base_of(first.run_id)}:plan:{first.new.plan}"
     record.cancel(first.run_id, "ann")
     assert client.ttl(plan_key) == -1
@@ -1039,6 +1040,24 @@ def test_a_message_is_sent_again_when_younger_ones_of_its_queue_were_claimed(
     assert run.sweep(empty=False, resend_after_s=0) == []
     run.begin("b")
     assert run.sweep(empty=False, resend_after_s=0) == [Resend(run.run_id, "a", "")]
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_message_that_a_worker_has_only_just_taken_is_not_taken_for_lost(
+    record: Record, client: redis.Redis, empty: bool
+) -> None:
+    run = ByHand(record, {"a": [], "b": []})
+    base, lane = base_of(run.run_id), f"{run.queue}:4"
+    client.zincrby(f"{base}:ready:{lane}", -200_000, f"{run.run_id} a")
+    client.zincrby(f"{base}:ready:{lane}", -90_000, f"{run.run_id} b")
+    assert run.sweep(empty=False) == []
+    # Both were taken from the queue, and `b` was quicker.
+    run.begin("b")
+    client.hincrby(f"{base}:marks", f"{lane} t", -31_000)
+    assert run.sweep(empty=empty) == []
+    assert run.sweep(empty=empty) == []
+    client.hincrby(f"{base}:marks", f"{lane} t", -31_000)
+    assert run.sweep(empty=empty) == [Resend(run.run_id, "a", "")]
 
 
 def test_a_step_that_is_no_longer_ready_is_not_sent_again(record: Record, client: redis.Redis) -> None:

@@ -74,6 +74,12 @@ def key() -> str:
     return str(_task_stack.stack[-2].request.id)
 
 
+@shared_task(name="user.lane")
+def lane() -> int:
+    """The lane in which the message of the step came."""
+    return int(_task_stack.stack[-2].request.delivery_info["priority"])
+
+
 @shared_task(name="user.effect")
 def effect(log: str, text: str, fail: bool = False, stuck: str | None = None, late: bool = False) -> str:
     """Leaves one line in `log`, once for its key however often it is tried.

@@ -1,12 +1,13 @@
 -- ARGV: run, key ('' for none), key's life in ms, plan digest, keep ms, limits JSON ('' for none), wall ms ('' for
 -- none), outputs ('1' or '0'), steps, input envelope, created data JSON, lane (its parent's, if any), deadline ms ('' for none), parent
 -- ('run step', '' for none), most runs inside each other, begin ('1', or '0': another script begins it), tenant, then (root, queue, deadline ms)…
--- Returns {'new'}, {'old', run} for a key that was used, {'deep'}, {'gone'} when the parent or its step has ended, or {'plan'} when
+-- Returns {'new', lane of its messages}, {'old', run} for a key that was used, {'deep'}, {'gone'} when the parent or its step has ended, or {'plan'} when
 -- the plan must be stored first.
 local MANY = 8
 local key = ARGV[2]
 plan_key = base .. ':plan:' .. ARGV[4]
-if redis.call('EXISTS', run_key) == 1 then return { 'old', run_id } end
+-- Asked again: the first answer was lost, and whoever asks is still to send its first messages.
+if redis.call('EXISTS', run_key) == 1 then return { 'new', lane_of('') } end
 if key ~= '' then
   local first = redis.call('GET', base .. ':key:' .. key)
   if first then return { 'old', first } end
@@ -52,4 +53,4 @@ else
   -- Should whoever began it die before the rest is there.
   redis.call('ZADD', timers_key, number(now + 60000), member('!begin'))
 end
-return { 'new' }
+return { 'new', tonumber(of_run) }

@@ -96,14 +96,26 @@ if ARGV[2] == '1' then
 end
 
 -- Queues are first in, first out: a step whose younger neighbours were claimed, or whose queue is empty, and that is
--- still unclaimed, has no message on its way.
+-- still unclaimed, has no message on its way. A worker may hold the message and not have come to the claim, so that
+-- has to be so for a while: `c` is up to when steps had become ready whose messages were gone at the time `t`, and
+-- what it was one such while ago is believed (`h`).
+local function gone(lane_of, empty)
+  local while_ms = ARGV[3] / 2
+  local mark, c, t, h = unpack(redis.call('HMGET', marks_key, lane_of, lane_of .. ' c', lane_of .. ' t', lane_of .. ' h'))
+  local seen = (mark or 0) - 1000
+  if empty then seen = math.max(seen, now - while_ms) end
+  if not t or now - t >= while_ms then
+    h, c = while_ms == 0 and seen or c or 0, seen
+    redis.call('HSET', marks_key, lane_of .. ' c', number(c), lane_of .. ' t', number(now), lane_of .. ' h', number(h))
+  end
+  return math.min(now - ARGV[3], h)
+end
 for i = 6, #ARGV, 3 do
   local lane_of = ARGV[i] .. ':' .. ARGV[i + 1]
-  local key, limit = base .. ':ready:' .. lane_of, now - ARGV[3]
-  if ARGV[i + 2] == '0' then
-    limit = math.min(limit, tonumber(redis.call('HGET', marks_key, lane_of) or 0) - 1000)
-  end
-  for _, name in ipairs(due(key, number(limit))) do
+  local key = base .. ':ready:' .. lane_of
+  local waited = redis.call('ZCOUNT', key, '-inf', number(now - ARGV[3] / 2)) > 0
+  local names = waited and due(key, number(gone(lane_of, ARGV[i + 2] == '1'))) or {}
+  for _, name in ipairs(names) do
     local id, step = split(name)
     open(id)
     local here = node(step)
