@@ -41,7 +41,7 @@ from ferrum.governance.acts import Act, By, R
 from ferrum.governance.door import decide
 from ferrum.governance.policy import Decision, Effect, Policy
 from ferrum.limits import Concurrency, Entered, Limits, Rate
-from ferrum.loop import Blocking, Interrupted, LoopThread
+from ferrum.loop import Blocking, Interrupted, LoopThread, contained, contained_on_loop
 from ferrum.plan import PARAMS, Body, Plan, PlannedStep
 from ferrum.record import (
     MAX_DEPTH,
@@ -749,6 +749,9 @@ class _Attempt:
         holds.stoppable(self._hold, lambda: _cancel(future))
         try:
             return future.result()
+        except GeneratorExit as error:
+            # On the loop it cannot be told from the end of a coroutine that nobody awaits any more.
+            raise StepError("its code raised GeneratorExit", retry=True) from error
         except (CancelledError, asyncio.CancelledError):
             raise (Lost if self._hold.lost else _Stopping) from None
         finally:
@@ -757,7 +760,7 @@ class _Attempt:
     async def _limited(self, work: Awaitable[JsonValue]) -> JsonValue:
         try:
             async with asyncio.timeout(self._step.cut_off_s) as limit:
-                return await work
+                return await contained_on_loop(work)
         except TimeoutError:
             if not limit.expired():
                 raise
@@ -775,7 +778,7 @@ class _Attempt:
             alarm.start()
         holds.stoppable(self._hold, blocking.interrupt)
         try:
-            result = blocking.run(work)
+            result = blocking.run(lambda: contained(work))
         except Interrupted:
             if self._hold.lost:
                 raise Lost from None

@@ -8,9 +8,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
+
+from ferrum.errors import StepError, TaskError
 
 T = TypeVar("T")
 
@@ -75,6 +77,58 @@ async def _cancel_all() -> None:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
     await asyncio.get_running_loop().shutdown_default_executor()
+
+
+#: Code of others that raises one of these means to end its process, or a task of its own, and not ours.
+_ENDS = (SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError)
+
+
+def is_terminated(error: BaseException) -> bool:
+    """Whether a pool ends this process: the signal handler of its children leaves with the code -(256 - signal)."""
+    return isinstance(error, SystemExit) and isinstance(error.code, int) and -256 < error.code < -128
+
+
+def raised(name: str, error: BaseException) -> None:
+    """Code called `name` ended by an exception: nothing where that was `sys.exit(0)`, which is how a program succeeds.
+
+    Raises `TaskError`, which may be tried again, for all else.
+    """
+    if not (isinstance(error, SystemExit) and error.code in (None, 0)):
+        raise TaskError(f"{name} {_words(error)}", retry=True) from error
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"ended by sys.exit({error.code!r})"
+    return f"raised {type(error).__name__}: {error}"
+
+
+def contained(call: Callable[[], T]) -> T:
+    """What `call` returns. An exception that would end this process is a `StepError`: it may end only its step."""
+    try:
+        return call()
+    except _ENDS as error:
+        if is_terminated(error):
+            raise
+        raise StepError(f"its code {_words(error)}", retry=True) from error
+
+
+async def contained_on_loop(work: Awaitable[T]) -> T:
+    """The same of a coroutine, in which an exit would stop the event loop, and with it every step of the process."""
+    try:
+        return await work
+    except asyncio.CancelledError as error:
+        if is_cancelled():
+            raise
+        raise StepError(f"its code {_words(error)}", retry=True) from error
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise StepError(f"its code {_words(error)}", retry=True) from error
+
+
+def is_cancelled() -> bool:
+    """Whether somebody asked to cancel the task that runs here; if not, a `CancelledError` is its code's own."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class Interrupted(BaseException):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from importlib import import_module
 from inspect import isawaitable
@@ -11,6 +12,7 @@ from typing import Any
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError, field_validator, model_validator
 
 from ferrum.errors import StepError, TaskError, did_you_mean
+from ferrum.loop import Interrupted, is_cancelled, is_terminated, raised
 from ferrum.settings import settings
 from ferrum.steps import Attempt, Params, StepType
 
@@ -56,10 +58,13 @@ class Task(StepType[TaskParams]):
         work = _task(name) if params.task is not None else _function(name)
         try:
             result = work(*params.input) if isinstance(params.input, list) else work(**params.input)
-        except StepError:
+        except (StepError, Interrupted):
             raise
-        except Exception as error:
-            raise _raised(name, error) from error
+        except BaseException as error:
+            if is_terminated(error):
+                raise
+            raised(name, error)
+            return None
         return _awaited(name, result) if isawaitable(result) else _checked(name, result)
 
 
@@ -115,15 +120,14 @@ def _is_named(module: str) -> bool:
 async def _awaited(name: str, work: Awaitable[object]) -> JsonValue:
     try:
         result = await work
-    except StepError:
+    except (StepError, GeneratorExit):
         raise
-    except Exception as error:
-        raise _raised(name, error) from error
+    except BaseException as error:
+        if isinstance(error, asyncio.CancelledError) and is_cancelled():
+            raise
+        raised(name, error)
+        return None
     return _checked(name, result)
-
-
-def _raised(name: str, error: Exception) -> TaskError:
-    return TaskError(f"{name} raised {type(error).__name__}: {error}", retry=True)
 
 
 def _checked(name: str, result: object) -> JsonValue:

@@ -29,6 +29,32 @@ def boom(message: str = "no") -> None:
     raise ValueError(message)
 
 
+class Own(BaseException):
+    pass
+
+
+_ENDS: dict[str, type[BaseException]] = {
+    "exit": SystemExit, "keyboard": KeyboardInterrupt, "cancelled": asyncio.CancelledError, "generator": GeneratorExit,
+    "own": Own,
+}  # fmt: skip
+
+
+def _leave(how: str, words: Any) -> None:
+    raise _ENDS[how](words)
+
+
+@shared_task(name="user.leave")
+def leave(how: str, words: Any = None) -> None:
+    """Ends by an exception that is no `Exception`."""
+    _leave(how, words)
+
+
+@shared_task(name="user.leave_later")
+async def leave_later(how: str, words: Any = None) -> None:
+    await asyncio.sleep(0.01)
+    _leave(how, words)
+
+
 @shared_task(name="user.sleep")
 def sleep(seconds: float, log: str | None = None) -> float:
     """Sleeps in small pieces, so that it can be interrupted; writes to `log` when it begins."""

@@ -18,7 +18,7 @@ from ferrum.governance.door import decide
 from ferrum.governance.policy import Decision, Effect
 from ferrum.inline.run import CHILDREN, RUN, Claim, Frames, Lost, Run, State, body_of, reads
 from ferrum.limits import Concurrency, Rate
-from ferrum.loop import Blocking, Interrupted
+from ferrum.loop import Blocking, Interrupted, contained, contained_on_loop
 from ferrum.plan import PARAMS, Body, PlannedStep
 from ferrum.record import MAX_DEPTH, Verdict
 from ferrum.results import RunStatus, StepStatus, Usage
@@ -307,7 +307,7 @@ class Attempt:
     async def _limited(self, work: Awaitable[JsonValue]) -> JsonValue:
         try:
             async with asyncio.timeout(self._step.cut_off_s) as limit:
-                return await work
+                return await contained_on_loop(work)
         except TimeoutError:
             if not limit.expired():
                 raise
@@ -322,7 +322,7 @@ class Attempt:
         def run() -> tuple[Any, bool]:
             # Handed back as a value: an event loop would stop at an exception that is no `Exception`.
             try:
-                return blocking.run(work), False
+                return blocking.run(lambda: contained(work)), False
             except Interrupted:
                 return None, True
 

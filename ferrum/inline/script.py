@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from ferrum.errors import InputError, StepError, TaskError, did_you_mean
+from ferrum.loop import Interrupted, is_cancelled, raised
 from ferrum.plan import Plan, template_id
 
 _json: TypeAdapter[JsonValue] = TypeAdapter(JsonValue)
@@ -123,28 +124,27 @@ async def _do(behaviour: Behaviour, step_id: str, number: int, params: dict[str,
         if behaviour.times:
             return await _do(behaviour.times[min(number, len(behaviour.times)) - 1], step_id, number, params)
         return await _do(behaviour.returns if behaviour.raises is None else behaviour.raises, step_id, number, params)
-    if _is_failure(behaviour):
-        raise _failure(step_id, behaviour() if isinstance(behaviour, type) else behaviour)
-    if not callable(behaviour):
+    if not callable(behaviour) and not isinstance(behaviour, BaseException):
         return behaviour
     try:
-        result = behaviour(params)
-        return await result if inspect.isawaitable(result) else result
-    except Exception as error:
-        raise _failure(step_id, error) from error
+        return await _done(behaviour, params)
+    except (StepError, Interrupted, GeneratorExit):
+        raise
+    except BaseException as error:
+        if isinstance(error, asyncio.CancelledError) and is_cancelled():
+            raise
+        # As a Celery task's would be: it may pass.
+        raised(step_id, error)
+        return None
 
 
-def _is_failure(behaviour: Behaviour) -> bool:
-    return isinstance(behaviour, BaseException) or (
-        isinstance(behaviour, type) and issubclass(behaviour, BaseException)
-    )
-
-
-def _failure(step_id: str, error: Any) -> BaseException:
-    """As a Celery task's would be: it may pass."""
-    if isinstance(error, BaseException) and (isinstance(error, StepError) or not isinstance(error, Exception)):
-        return error
-    return TaskError(f"{step_id} raised {type(error).__name__}: {error}", retry=True)
+async def _done(behaviour: Any, params: dict[str, Any]) -> Any:
+    if isinstance(behaviour, BaseException):
+        raise behaviour
+    if isinstance(behaviour, type) and issubclass(behaviour, BaseException):
+        raise behaviour
+    result = behaviour(params)
+    return await result if inspect.isawaitable(result) else result
 
 
 def _checked(step_id: str, result: object) -> JsonValue:
