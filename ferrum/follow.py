@@ -35,6 +35,7 @@ from ferrum.events import (
 )
 from ferrum.results import RunStatus, Usage
 from ferrum.runs import RunView
+from ferrum.terminal import visible
 
 #: What a line about the run itself has where others have the step.
 RUN: Final = "run"
@@ -170,23 +171,15 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
-def clean(text: str) -> str:
-    """Text from elsewhere, safe for a terminal.
-
-    Whatever would steer it, or turn the writing around, is written out as an escape.
-    """
-    return "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text.replace("\t", "    "))
-
-
 def one_line(text: str, longest: int = _LONGEST) -> str:
     """Text on one line, shortened."""
-    flat = clean(" ".join(text.split("\n")).strip())
+    flat = visible(" ".join(text.split("\n")).strip())
     return flat if len(flat) <= longest else f"{flat[: longest - 1]}…"
 
 
 def shown(value: JsonValue) -> str:
     """A value as people read it: text as it is, everything else as indented JSON."""
-    return clean(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2))
+    return visible(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2))
 
 
 # Where the time went.
@@ -261,7 +254,7 @@ def _report(view: RunView, spent: Sequence[StepTime]) -> Iterator[str]:
         yield "outputs"
         for name, value in view.outputs.items():
             text = shown(value)
-            yield f"  {clean(name)}: {text}" if "\n" not in text else f"  {clean(name)}:"
+            yield f"  {visible(name)}: {text}" if "\n" not in text else f"  {visible(name)}:"
             yield from (f"    {line}".rstrip() for line in text.split("\n") if "\n" in text)
     yield f"usage     {_usage(view.usage)}"
     yield f"cost      {cost(view.usage)}"

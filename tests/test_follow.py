@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from ferrum.events import Event, read
-from ferrum.follow import clean, duration, line_of, one_line, render, report, times
+from ferrum.follow import duration, line_of, one_line, render, report, times
 from ferrum.results import RunStatus, StepResult, StepStatus, Usage
 from ferrum.runs import RunView
+from ferrum.terminal import visible
 
 
 def event(at_s: float, type: str, step: str = "", /, **data: Any) -> Event:
@@ -75,7 +76,7 @@ def test_a_terminal_that_can_gets_colours() -> None:
 
 
 def test_what_comes_from_elsewhere_cannot_steer_a_terminal() -> None:
-    assert clean("a\x1b[2J\u202eb\r\x9b\tc\n") == "a\\x1b[2J\\u202eb\\r\\x9b    c\n"
+    assert visible("a\x1b[2J\u202eb\r\x9b\tc\n") == "a\\x1b[2J\\u202eb\\r\\x9b    c\n"
     assert one_line("a\nb" + "c" * 200, 10) == "a bcccccc…"
 
 

@@ -36,10 +36,11 @@ def list_approvals(as_json: bool) -> None:
 
 
 def _approval(one: Approval) -> str:
-    from ferrum.follow import clean, duration, shown
+    from ferrum.follow import duration, shown
+    from ferrum.terminal import visible
 
     text = [f"{one.run_id} {one.step_id}  {one.workflow}  for {duration(max(time.time() - one.since, 0))}"]
-    text += [f"  {line}".rstrip() for line in clean(one.message).strip().split("\n")]
+    text += [f"  {line}".rstrip() for line in visible(one.message).strip().split("\n")]
     if one.act is not None:
         text += [f"  {line}" for line in shown(one.act).split("\n")]
     return "\n".join([*text, f"  ferrum approvals approve {one.run_id} {one.step_id}   (or reject)"])

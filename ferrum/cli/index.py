@@ -155,7 +155,8 @@ def search_index(name: str, query: str, *, filters: tuple[str, ...], as_json: bo
 
 def _show(document: Document) -> None:
     # What others wrote must not steer a terminal.
-    from ferrum.follow import clean, one_line
+    from ferrum.follow import one_line
+    from ferrum.terminal import visible
 
     at = document.position
     lines = "-".join(dict.fromkeys(str(at[key]) for key in ("line", "end_line") if key in at))
@@ -164,7 +165,7 @@ def _show(document: Document) -> None:
     place += [str(at[key]) for key in ("heading", "name") if key in at]
     click.echo(f"{document.score:.3f}  {one_line('  '.join(place))}")
     text = document.text if len(document.text) <= _SHOWN else f"{document.text[:_SHOWN]}…"
-    click.echo("".join(f"       {line}\n" for line in clean(text).split("\n")))
+    click.echo("".join(f"       {line}\n" for line in visible(text).split("\n")))
 
 
 @index.command("list")

@@ -72,14 +72,15 @@ class _Names:
 @as_json_option
 def show_run(run_id: str, as_json: bool) -> None:
     """Print all that is known of a run."""
-    from ferrum.follow import clean, one_line, table
+    from ferrum.follow import one_line, table
     from ferrum.runs import record, show
+    from ferrum.terminal import visible
 
     view = show(run_id)
     if as_json:
         view_json(view)
         return
-    why = f": {clean(view.reason)}" if view.reason else ""
+    why = f": {visible(view.reason)}" if view.reason else ""
     click.echo(f"{view.run_id}  {view.workflow} {view.version}  {view.status}{why}")
     if view.parent:
         click.echo(f"  part of {view.parent[1]} of {view.parent[0]}")

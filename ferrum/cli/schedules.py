@@ -124,7 +124,8 @@ def show_schedule(name: str, as_json: bool) -> None:
     """Print all that is known of a schedule, and its next times."""
     from itertools import islice
 
-    from ferrum.follow import clean, shown, table
+    from ferrum.follow import shown, table
+    from ferrum.terminal import visible
 
     found, now = _on_schedules(lambda store: (store.find(name), store.now()))
     coming = [] if found.paused else list(islice(found.upcoming(now), 3))
@@ -139,7 +140,7 @@ def show_schedule(name: str, as_json: bool) -> None:
         *((("paused", "yes"),) if found.paused else ()),
         ("last", last),
         *(("next" if number == 0 else "", _when(found, at)) for number, at in enumerate(coming)),
-        *((("error", clean(found.error)),) if found.error else ()),
+        *((("error", visible(found.error)),) if found.error else ()),
     ]
     click.echo(f"{found.name}  {found.id}")
     for row in table([(f"  {label}", text) for label, text in rows], left=2):
