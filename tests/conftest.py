@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,22 @@ sys.path.insert(0, str(Path(__file__).parent))
 # The same examples each time: a run that fails is a change that broke something. `HYPOTHESIS_PROFILE=default` hunts.
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+
+_PRELOADED = pytest.StashKey[object]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """In the one process of a run that the others come from."""
+    if not hasattr(config, "workerinput"):
+        from preloading import Server
+
+        config.stash[_PRELOADED] = Server(Path(tempfile.mkdtemp(prefix="ferrum-tests-")))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if (server := config.stash.get(_PRELOADED, None)) is not None:
+        server.stop()
 
 
 @pytest.fixture(scope="session")

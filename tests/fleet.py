@@ -6,13 +6,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import redis
+from preloading import Forked, into
 
 import ferrum.runs
 from ferrum.governance.budget import counters
@@ -37,7 +37,7 @@ class Fleet:
 
     def __init__(self, redis_url: str, home: Path, environ: Mapping[str, str] | None = None) -> None:
         self.home = home
-        self.workers: list[subprocess.Popen[bytes]] = []
+        self.workers: list[Forked] = []
         policy = home / "allow-all.policy.yaml"
         policy.write_text(
             json.dumps({"allow": [f"{kind}:*" for kind in ("tool", "model", "sandbox", "retrieval", "ingest")]})
@@ -54,19 +54,16 @@ class Fleet:
             **(environ or {}),
         }
 
-    def start(
-        self, *options: str, command: tuple[str, ...] = ("ferrum.start_worker",), **environ: str
-    ) -> subprocess.Popen[bytes]:
+    def start(self, *options: str, command: tuple[str, ...] = ("ferrum.start_worker",), **environ: str) -> Forked:
         """Start a worker and wait until it is ready; its log is in `<home>/worker-N.log`."""
         before = set(ferrum.runs.record().workers())
         log = self.log(len(self.workers))
         with log.open("wb") as out:
-            worker = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", *command, "-l", "info", *options],
+            worker = Forked(
+                ["-W", "ignore", "-m", *command, "-l", "info", *options],
                 env={**self.environ, **environ},
                 cwd=self.home,
                 stdout=out,
-                stderr=subprocess.STDOUT,
             )
         self.workers.append(worker)
 
@@ -120,7 +117,8 @@ def status_of(run_id: str) -> RunStatus:
 
 def effects(log: Path) -> str:
     """`FERRUM_MCP_SERVERS` with one server, `effects`, whose tools leave their traces in `log`."""
-    server = {"module": "ferrum.testing.effects_server", "args": ["--log", str(log)]}
+    forked = {name: value for name, value in into({}).items() if name.startswith("P")}
+    server = {"module": "ferrum.testing.effects_server", "args": ["--log", str(log)], "env": forked}
     return json.dumps({"mcpServers": {"effects": server}})
 
 

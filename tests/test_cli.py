@@ -19,6 +19,7 @@ import processes
 import pytest
 import yaml
 from fleet import PATIENCE_S, Fleet, ended, eventually, status_of
+from preloading import into
 
 from ferrum import cli
 from ferrum.cli.inputs import read_inputs
@@ -297,7 +298,7 @@ def called(home: Path, *arguments: str | Path, **more: str) -> subprocess.Comple
     command = [sys.executable, "-m", "ferrum", *map(str, arguments)]
     return subprocess.run(
         command,
-        env=alone(home, **more),
+        env=into(alone(home, **more)),
         cwd=home.parent,
         capture_output=True,
         text=True,
@@ -330,7 +331,7 @@ def waiting(home: Path, file: Path) -> Iterator[tuple[subprocess.Popen[str], str
     """`ferrum run` of a file, once it waits for a person at `gate`; and the id of the run."""
     with subprocess.Popen(
         [sys.executable, "-m", "ferrum", "run", str(file)],
-        env=alone(home),
+        env=into(alone(home)),
         cwd=home.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -356,7 +357,7 @@ def test_after_ctrl_c_the_run_goes_on(home: Path, tmp_path: Path) -> None:
     assert f"{run_id} goes on; watch it with: ferrum runs watch {run_id}" in err
     assert "Traceback" not in err
     watch = [sys.executable, "-m", "ferrum", "runs", "watch", run_id]
-    with subprocess.Popen(watch, env=alone(home), cwd=tmp_path, stdout=subprocess.PIPE, text=True) as again:
+    with subprocess.Popen(watch, env=into(alone(home)), cwd=tmp_path, stdout=subprocess.PIPE, text=True) as again:
         assert again.stdout is not None
         assert run_id in again.stdout.readline()
         assert called(home, "approvals", "approve", run_id, "--by", "kim").returncode == 0
@@ -393,7 +394,7 @@ def test_without_a_redis_what_needs_one_says_how_to_get_one(home: Path) -> None:
 def test_the_redis_that_ferrum_brings_is_found_by_its_home_and_stops_at_ctrl_c(home: Path, tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "ferrum", "redis", "--json"],
-        env=alone(home),
+        env=into(alone(home)),
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         text=True,
@@ -413,7 +414,7 @@ def test_the_redis_that_ferrum_brings_is_found_by_its_home_and_stops_at_ctrl_c(h
 def test_the_scripted_model_server_answers_by_its_script(home: Path, tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "ferrum", "stub-llm", "--script", str(EXAMPLES / "stub_script.yaml")],
-        env=alone(home),
+        env=into(alone(home)),
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         text=True,

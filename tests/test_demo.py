@@ -16,6 +16,7 @@ from pathlib import Path
 import processes
 import pytest
 from fleet import PATIENCE_S, eventually
+from preloading import into
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,7 +51,7 @@ def test_without_a_terminal_the_demo_says_yes_by_itself_and_keeps_the_summary(ch
     more = {"FERRUM_REDIS_URL": "redis://127.0.0.1:1/0", "FERRUM_POLICY": "/nowhere"}
     done = subprocess.run(
         command(checkout),
-        env=environ() | more,
+        env=into(environ() | more),
         cwd="/",
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -84,7 +85,7 @@ class Terminal:
         # A session of its own with this terminal, so that what is typed as Ctrl-C is one.
         self.demo = subprocess.Popen(
             [sys.executable, "-c", _WITH_TERMINAL, *command(checkout)],
-            env=environ() | {"TERM": "dumb", "USER": "kim"},
+            env=into(environ() | {"TERM": "dumb", "USER": "kim"}),
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,

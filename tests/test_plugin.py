@@ -12,6 +12,7 @@ from pathlib import Path
 import processes
 import pytest
 from fleet import PATIENCE_S, eventually
+from preloading import into
 
 _MY_TASKS = """
 import os, time
@@ -113,7 +114,7 @@ class Project:
             [sys.executable, "-m", "pytest", "--basetemp", str(self.home / "base"), *options],
             cwd=self.home,
             # By its directory, whatever it starts is known for what it is.
-            env={**machine, **environ, "PYTHONPATH": str(self.home)},
+            env=into({**machine, **environ, "PYTHONPATH": str(self.home)}, "pytest"),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import pytest
 import redis
 import yaml
 from fleet import eventually
+from preloading import Forked
 
 from ferrum import cli, runs
 from ferrum.errors import Conflict, FerrumError, InputError, NotFound, Unavailable, WorkflowError
@@ -464,16 +464,15 @@ class Beats:
             "FERRUM_HOME": str(home),
             "FERRUM_ARTIFACTS": f"file://{home / 'artifacts'}",
         }
-        self.running: list[subprocess.Popen[bytes]] = []
+        self.running: list[Forked] = []
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> Forked:
         with (self._home / "beats.log").open("ab") as log:
-            beat = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "celery", "-A", "ferrum", "beat", "-l", "info"],
+            beat = Forked(
+                ["-W", "ignore", "-m", "celery", "-A", "ferrum", "beat", "-l", "info"],
                 env=self._environ,
                 cwd=self._home,
                 stdout=log,
-                stderr=subprocess.STDOUT,
             )
         self.running.append(beat)
         return beat

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from fleet import PATIENCE_S, Fleet, assert_events_agree, effects, ended, eventually, happened, lines
+from preloading import into
 
 import ferrum
 from ferrum.results import RunStatus
@@ -106,7 +107,7 @@ def _refused(fleet: Fleet, **environ: str) -> str:
     """What a worker says that does not start."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", *BY_CELERY],
-        env={**fleet.environ, **environ}, cwd=fleet.home, capture_output=True, text=True, timeout=PATIENCE_S,
+        env=into({**fleet.environ, **environ}), cwd=fleet.home, capture_output=True, text=True, timeout=PATIENCE_S,
         check=False,
     )  # fmt: skip
     assert done.returncode not in (0, None), done.stdout + done.stderr
