@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import logging
+from functools import partial
 from queue import Empty
 from typing import Any, Final
 
@@ -18,6 +19,10 @@ from kombu.connection import Connection
 from kombu.transport import redis as kombu_redis
 from kombu.utils.collections import HashedSeq
 from kombu.utils.json import loads
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from ferrum.refusals import hurried, patient
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +30,10 @@ log = logging.getLogger(__name__)
 UNACKED: Final = "ferrum:unacked"
 #: The same tags by the time since when nobody has renewed them, a sorted set.
 UNACKED_INDEX: Final = "ferrum:unacked:index"
+
+_PROBE: Final = "ferrum:probe"
+_PROBE_LIFE_MS: Final = 10_000
+_RECONNECT_EVERY_S: Final = 1.0
 
 _BINDING: Final = "ferrum:binding:%s"
 _FANOUT: Final = "/ferrum-{db}."
@@ -52,7 +61,7 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc] # kombu is unty
         # a channel whose connection was collapsed has no client any more.
         if self.connection is None or self.connection.client is None:
             raise redis.exceptions.ConnectionError("the broker connection was closed")
-        return super()._connparams(asynchronous)
+        return patiently(super()._connparams(asynchronous))
 
     def _create_client(self, asynchronous: bool = False) -> Any:
         # kombu makes a Redis client, with its table of 200 callbacks, for every message that it sends or acknowledges;
@@ -95,11 +104,27 @@ class _Sifting:
             super()._deliver(message, queue)  # type: ignore[misc]
 
 
-class Transport(_Sifting, kombu_redis.Transport):  # type: ignore[misc]
+class _Probing:
+    """A broker is there when it takes what is written: a replica, or one that is full, answers and does not."""
+
+    def establish_connection(self) -> Any:
+        established = super().establish_connection()  # type: ignore[misc]
+        channel = self._avail_channels[-1]  # type: ignore[attr-defined]
+        try:
+            with channel.conn_or_acquire() as client:
+                client.set(_PROBE, "", px=_PROBE_LIFE_MS)
+        except Exception:
+            self._avail_channels.remove(channel)  # type: ignore[attr-defined]
+            channel.close()
+            raise
+        return established
+
+
+class Transport(_Sifting, _Probing, kombu_redis.Transport):  # type: ignore[misc]
     Channel = Channel
 
 
-class SentinelTransport(_Sifting, kombu_redis.SentinelTransport):  # type: ignore[misc]
+class SentinelTransport(_Sifting, _Probing, kombu_redis.SentinelTransport):  # type: ignore[misc]
     Channel = SentinelChannel
 
 
@@ -111,6 +136,12 @@ class OwnConnection(Connection):  # type: ignore[misc]
 
     def get_transport_cls(self) -> Any:
         return _TRANSPORTS.get(self.transport_cls) or super().get_transport_cls()
+
+    def _ensure_connection(self, *args: Any, interval_max: float = _RECONNECT_EVERY_S, **more: Any) -> Any:
+        # kombu waits longer and longer, up to 30 s; a broker that is back would stay alone for so long.
+        every_s = min(interval_max, _RECONNECT_EVERY_S)
+        more["interval_start"] = min(more.get("interval_start", every_s), every_s)
+        return super()._ensure_connection(*args, interval_max=every_s, **more)
 
     def __eqhash__(self) -> Any:
         # kombu has one pool of connections for all apps of a process, by this: another app on the same Redis would be
@@ -132,7 +163,19 @@ class _Results:
 
 
 class Results(_Results, RedisBackend):  # type: ignore[misc]
-    """Celery's results, with keys of our own but for the answers to `ferrum.run`."""
+    """Celery's results, with keys of our own but for the answers to `ferrum.run`, and patience."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.connparams: dict[str, Any] = patiently(self.connparams)
+
+    def ensure(self, fun: Any, args: Any, **policy: Any) -> Any:
+        more = {"max_retries": 2} if hurried() else {}
+        return super().ensure(fun, args, **policy, **more)
+
+    def on_chord_part_return(self, *args: Any, **options: Any) -> Any:
+        # Celery asks once. A part that is counted again is counted once.
+        return self.ensure(partial(super().on_chord_part_return, *args, **options), ())
 
 
 class SentinelResults(_Results, SentinelBackend):  # type: ignore[misc]
@@ -145,6 +188,15 @@ BACKENDS: Final = {
     "rediss": "ferrum.broker:Results",
     "sentinel": "ferrum.broker:SentinelResults",
 }
+
+
+def patiently(connparams: dict[str, Any]) -> dict[str, Any]:
+    """These parameters of a pool of redis-py's, for connections that raise `Refused` and try each call once.
+
+    All that uses them tries again by itself, and not on the worker's one thread that hears of messages.
+    """
+    kind = connparams.get("connection_class", redis.Connection)
+    return {**connparams, "connection_class": patient(kind), "retry": Retry(NoBackoff(), 0)}
 
 
 def _message(text: bytes) -> Any:

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 import uuid
+from functools import cached_property
 from typing import Any
 
 from celery import Celery, Task
@@ -61,10 +62,18 @@ def _defaults() -> dict[str, Any]:
     return {"broker_url": url, "result_backend": url, "broker_read_url": url, "broker_write_url": url}
 
 
+class App(Celery):  # type: ignore[misc] # Celery is untyped
+    """Celery's app, with a worker of ours."""
+
+    @cached_property
+    def Worker(self) -> Any:
+        return self.subclass_with_self("ferrum.pool:Worker")
+
+
 # By `app.conf.update` nothing would be known before it is needed; like this, `ferrum plan` needs no Redis.
 # Not the current app: in a process that has an app of its own, `shared_task`s and results are that one's. Celery makes
 # the app of a worker the current one by itself.
-app = Celery("ferrum", set_as_current=False, amqp=Broker)
+app = App("ferrum", set_as_current=False, amqp=Broker)
 app.loader.override_backends = BACKENDS
 app.add_defaults(_defaults)
 app.config_from_object("celeryconfig")

@@ -746,7 +746,11 @@ class Record(Connection):
         """The event that a run ended with, once it has; `None` after `timeout_s`. Raises `NotFound`."""
         key = f"{base_of(run_id)}:events:{run_id}"
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        newest: Any = self._patiently(lambda: self._redis.xrevrange(key, count=1))
+
+        def last() -> Any:
+            return self._patiently(lambda: self._redis.xrevrange(key, count=1))
+
+        newest = last()
         while True:
             if not newest:
                 raise NotFound(f"there is no run {run_id!r}; it may have been removed after its time")
@@ -757,7 +761,8 @@ class Record(Connection):
             left = _BLOCK_S if deadline is None else min(_BLOCK_S, deadline - time.monotonic())
             if left <= 0:
                 return None
-            newest = self._entries(key, event_id, left) or [(event_id, fields)]
+            # Nothing new for so long: maybe there is nothing left that could come.
+            newest = self._entries(key, event_id, left) or last()
 
     def state(self, run_id: str) -> RunState:
         """What a run's events add up to. Raises `NotFound`."""

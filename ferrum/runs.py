@@ -15,8 +15,12 @@ from ferrum.events import Event, RunState
 from ferrum.plan import Built, Plan
 from ferrum.record import Asked, Record, Resend, Verdict, follow, new_run_id
 from ferrum.results import RunStatus, StepResult, StepStatus, Usage
-from ferrum.sending import send, start
+from ferrum.sending import hand_over, start
 from ferrum.workflow import Workflow
+
+#: How long a call outlasts a Redis that is away; the last try may take a little longer.
+_PATIENCE_S = 3.0
+_WAITING_PATIENCE_S = 60.0
 
 
 class RunView(BaseModel):
@@ -78,7 +82,12 @@ def record() -> Record:
     """The record of this process, as its front door uses it."""
     from ferrum.celery import redis_url
 
-    return Record(redis_url(), patience_s=10)
+    return Record(redis_url(), patience_s=_PATIENCE_S)
+
+
+def _waiting() -> Record:
+    """The same, for whoever waits anyway: a failover takes longer than one wants to wait for an answer."""
+    return record().with_patience(_WAITING_PATIENCE_S)
 
 
 def submit(
@@ -111,9 +120,10 @@ def _planned(source: Workflow | Built | Mapping[str, object] | str | PathLike[st
 def wait(run_id: str, *, timeout_s: float | None = None) -> JsonValue:
     """The outputs of a run, once it has completed.
 
-    Raises `RunFailed` when it ended otherwise, `TimeoutError` after `timeout_s`, and `NotFound`.
+    Raises `RunFailed` when it ended otherwise, `TimeoutError` after `timeout_s`, `NotFound`, also when its data are
+    removed meanwhile, and `Unavailable` when Redis is away for a minute.
     """
-    end = record().ending(run_id, timeout_s)
+    end = _waiting().ending(run_id, timeout_s)
     if end is None:
         raise TimeoutError(f"run {run_id!r} has not ended after {timeout_s:g} s")
     if end.status is not RunStatus.COMPLETED:
@@ -123,7 +133,7 @@ def wait(run_id: str, *, timeout_s: float | None = None) -> JsonValue:
 
 def watch(run_id: str, *, after: str = "0-0") -> Iterator[Event]:
     """The events of a run as they happen, until it ends; `after` is the id of the last one seen. Raises `NotFound`."""
-    return follow(record(), run_id, after)
+    return follow(_waiting(), run_id, after)
 
 
 def plan_of(run_id: str) -> Plan:
@@ -355,4 +365,4 @@ def _send(sends: Sequence[Resend]) -> None:
     if sends:
         from ferrum.celery import app
 
-        send(app, plan_of, sends)
+        hand_over(app, plan_of, sends)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha1
@@ -21,14 +22,12 @@ from redis.client import Pipeline
 from redis.retry import Retry
 
 from ferrum.errors import Unavailable
+from ferrum.refusals import Refused, locked_out, passes, patient
 
-#: Redis is away, full, or for the moment not the one that takes writes: each passes.
-_NOT_NOW = (
-    redis.exceptions.ConnectionError,
-    redis.exceptions.TimeoutError,
-    redis.exceptions.OutOfMemoryError,
-    redis.exceptions.ReadOnlyError,
-)
+#: How long an answer may take, and a connection. Under a lease, so that a connection that has gone silent is given up
+#: while there is time to renew it on another; over what a blocking read waits.
+TIMEOUT_S = 4.0
+CONNECT_TIMEOUT_S = 2.0
 
 _T = TypeVar("_T")
 
@@ -80,6 +79,7 @@ class Scripts:
         self._redis = client
         self._patience_s = patience_s
         self._folder = folder
+        self._let_in = False
 
     def eval(self, name: str, key_base: str, *arguments: str | int) -> Any:
         """What the script answers. Raises `Unavailable`."""
@@ -114,18 +114,44 @@ class Scripts:
         return self.patiently(known)
 
     def patiently(self, call: Callable[[], _T]) -> _T:
-        """What `call` returns, once Redis answers. Raises `Unavailable` when it does not for too long."""
-        deadline = 0.0
+        """What `call` returns, once Redis answers and takes it. Raises `Unavailable` when it does not for too long.
+
+        A user that Redis does not let in is told at once; one that it knew before is waited for, as a password that is
+        being changed is no reason to lose what was done.
+        """
+        deadline = time.monotonic() + self._patience_s
         while True:
             try:
-                return call()
-            except _NOT_NOW as error:
-                deadline = deadline or time.monotonic() + self._patience_s
-                if time.monotonic() >= deadline:
-                    raise Unavailable(
-                        f"Redis does not answer ({type(error).__name__}); is it running, and not full?"
-                    ) from error
+                answer = call()
+            except redis.exceptions.RedisError as error:
+                shut = locked_out(error)
+                if not shut and not passes(error):
+                    raise
+                if time.monotonic() >= deadline or (shut and not self._let_in):
+                    raise unavailable(error) from error
                 time.sleep(random.uniform(0.05, 0.25))  # noqa: S311
+            else:
+                self._let_in = True
+                return answer
+
+
+def unavailable(error: BaseException) -> Unavailable:
+    """What to say of a Redis that is away, refuses for now, or lets nobody in."""
+    if isinstance(error, Refused):
+        return Unavailable(f"{error}; look at its log and its replication")
+    if locked_out(error):
+        return Unavailable(f"Redis does not let us in: {error}; is the user or the password in FERRUM_REDIS_URL right?")
+    return Unavailable(f"Redis does not answer ({type(error).__name__}); is it running, and not full?")
+
+
+def client_of(url: str, *, connections: int = 256) -> redis.Redis:
+    """A client that decodes, tries each call once, gives up a silent connection, and raises `Refused`."""
+    pool = redis.ConnectionPool.from_url(
+        url, decode_responses=True, retry=Retry(NoBackoff(), 0), max_connections=connections,
+        socket_timeout=TIMEOUT_S, socket_connect_timeout=CONNECT_TIMEOUT_S,
+    )  # fmt: skip
+    pool.connection_class = patient(pool.connection_class)
+    return redis.Redis.from_pool(pool)
 
 
 class Connection:
@@ -133,12 +159,20 @@ class Connection:
 
     def __init__(self, url: str, *, patience_s: float = 5.0, connections: int = 256, folder: str = "") -> None:
         """`patience_s`: how long a call outlasts a Redis that is away before it raises `Unavailable`."""
-        self._redis = redis.Redis.from_url(
-            url, decode_responses=True, retry=Retry(NoBackoff(), 0), max_connections=connections, socket_timeout=30
-        )
+        self._redis = client_of(url, connections=connections)
+        self._folder = folder
+        self._set_patience(patience_s)
+
+    def _set_patience(self, patience_s: float) -> None:
         self._patience_s = patience_s
-        self._scripts = Scripts(self._redis, patience_s, folder=folder)
+        self._scripts = Scripts(self._redis, patience_s, folder=self._folder)
         self._patiently = self._scripts.patiently
+
+    def with_patience(self, patience_s: float) -> Self:
+        """The same, through the same client, with another patience."""
+        other = copy(self)
+        other._set_patience(patience_s)
+        return other
 
     def scripts(self) -> Scripts:
         """The scripts of what all runs share, through the same client."""

@@ -10,19 +10,26 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+import click
 import redis
 from celery import Celery, bootsteps, signals
+from celery.exceptions import WorkerShutdown
 from celery.worker.consumer import Tasks
+from celery.worker.consumer.control import Control
+from celery.worker.state import maybe_shutdown
 
 from ferrum.errors import NotFound, SettingsError, Unavailable
 from ferrum.executor import Executor, Holds, Shared
 from ferrum.record import Record, Resend
+from ferrum.refusals import passes
+from ferrum.scripts import unavailable
 from ferrum.sending import send
 from ferrum.settings import Settings, settings
 from ferrum.steps import step_types
 
 log = logging.getLogger(__name__)
 
+#: A refusal that passes is a connection error, too: see `ferrum/refusals.py`.
 _AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, Unavailable)
 
 #: What a `celeryconfig` must not take away: without these, a killed worker loses steps.
@@ -110,6 +117,24 @@ class Pulse:
             log.exception("leases were not renewed")
 
 
+class _Away:
+    """Tells an operator once that Redis is away, or refuses for now, and once that it is back."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def began(self, error: BaseException) -> None:
+        if self._since is None:
+            self._since = time.monotonic()
+            what = error if isinstance(error, Unavailable) else unavailable(error)
+            log.warning("this worker waits for Redis and then goes on: %s", what)
+
+    def over(self) -> None:
+        if self._since is not None:
+            log.warning("Redis is there again after %.1f s: this worker goes on", time.monotonic() - self._since)
+            self._since = None
+
+
 class Sweeper:
     """The repair: due timers, steps of dead workers, lost messages. One at a time in the fleet, by lock."""
 
@@ -124,10 +149,24 @@ class Sweeper:
         self._shared_from = 0.0
         self._answered_at = time.monotonic()
         self._idle_since = time.monotonic()
+        self._away = _Away()
         self._every = _Every("ferrum-sweeper", config.sweep, self.once)
 
     def start(self) -> None:
-        self._beat()
+        """Begin once Redis takes what this worker writes, however long that takes."""
+        while True:
+            try:
+                self._beat()
+                break
+            except redis.exceptions.RedisError as error:
+                if not passes(error):
+                    log.critical("this worker cannot start: %s", unavailable(error))
+                    raise WorkerShutdown(1) from error
+                self._away.began(error)
+            # A stop that was asked for meanwhile.
+            maybe_shutdown()
+            time.sleep(0.2)
+        self._away.over()
         self._every.start()
 
     def stop(self) -> None:
@@ -144,9 +183,10 @@ class Sweeper:
             if self._executor.record.alone("sweeper", self._executor.worker, max(2.0, 4 * self._config.sweep)):
                 self._sweep()
             self._stop_when_idle()
+            self._away.over()
         except _AWAY as error:
             self._reap_from = time.monotonic() + self._config.lease
-            log.warning("no sweep, Redis does not answer: %s", type(error).__name__)
+            self._away.began(error)
         except Exception:
             # A sweeper that died would take the whole fleet's repair with it; the next turn may well succeed.
             self._reap_from = time.monotonic() + self._config.lease
@@ -207,20 +247,39 @@ def install(app: Celery, process: Process) -> None:
         def __init__(self, parent: Any, **options: Any) -> None:
             parent.options["without_mingle"] = True
             parent.options["without_gossip"] = True
-            _check(app)
+            _check(app, parent)
             # Here and not where the app is made: a worker of another app may run in a process that imported ferrum.
             _listen(process)
 
     class Repair(bootsteps.StartStopStep):  # type: ignore[misc]
         requires = ("celery.worker.components:Pool",)
+        sweeper: Sweeper | None = None
 
         def start(self, parent: Any) -> None:
             executor = process.executor()
             self.sweeper = Sweeper(app, executor, settings())
             self.sweeper.start()
 
+        def close(self, parent: Any) -> None:
+            # Here and not at a signal: a worker that is told to stop by remote control gets none.
+            _hand_back_after_grace(process)
+
         def stop(self, parent: Any) -> None:
-            self.sweeper.stop()
+            if self.sweeper is not None:
+                self.sweeper.stop()
+
+    class Remote(bootsteps.StartStopStep):  # type: ignore[misc]
+        """Leaves of remote control what anybody may use, where anybody may write to Redis."""
+
+        requires = (Control,)
+
+        def start(self, parent: Any) -> None:
+            from ferrum import remote
+
+            is_locked = remote.locked(parent.conninfo.as_uri(include_password=True))
+            for step in parent.steps:
+                if isinstance(step, Control):
+                    step.box.node.handlers = remote.handlers(locked=is_locked)
 
     class Custody(bootsteps.StartStopStep):  # type: ignore[misc]
         """Keeps the messages that this worker holds from being redelivered while it lives.
@@ -243,12 +302,14 @@ def install(app: Celery, process: Process) -> None:
     app.steps["worker"].add(Lean)
     app.steps["worker"].add(Repair)
     app.steps["consumer"].add(Custody)
+    app.steps["consumer"].add(Remote)
     _import_users_tasks(app)
+    if app.conf.worker_pool == "threads":
+        app.conf.worker_pool = "ferrum.pool:Threads"
 
 
 def _listen(process: Process) -> None:
     on = {
-        signals.worker_shutting_down: _hand_back_after_grace(process),
         signals.worker_shutdown: lambda **_: process.stop(),
         signals.worker_process_shutdown: lambda **_: process.stop(),
     }
@@ -258,7 +319,19 @@ def _listen(process: Process) -> None:
         heard.connect(receiver, weak=False, dispatch_uid="ferrum")
 
 
-def _check(app: Celery) -> None:
+def _check(app: Celery, worker: Any) -> None:
+    from ferrum import pool
+
+    try:
+        _check_settings(app)
+        pool.check(worker)
+    except SettingsError as error:
+        if click.get_current_context(silent=True) is None:
+            raise
+        raise click.ClickException(str(error)) from error
+
+
+def _check_settings(app: Celery) -> None:
     for name, value in _NEEDED.items():
         if app.conf[name] != value:
             raise SettingsError(
@@ -284,13 +357,10 @@ def _renew_custody(consumer: Any) -> None:
             log.debug("custody of messages was not renewed: Redis does not answer")
 
 
-def _hand_back_after_grace(process: Process) -> Callable[..., None]:
-    def on_signal(**_: object) -> None:
-        timer = threading.Timer(settings().grace, process.executor().holds.stop_all)
-        timer.daemon = True
-        timer.start()
-
-    return on_signal
+def _hand_back_after_grace(process: Process) -> None:
+    timer = threading.Timer(settings().grace, process.executor().holds.stop_all)
+    timer.daemon = True
+    timer.start()
 
 
 def _warm(process: Process) -> None:
