@@ -26,6 +26,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+#: The most characters of an error's words that are handed on, for they may be a whole answer of a tool; and those
+#: that a run keeps of them once secrets are taken out, so that none is cut in half and kept.
+_LONGEST = 65_536
+LONGEST_ERROR = 8_192
+
 
 class FerrumError(Exception):
     """Any error of ferrum's own."""
@@ -45,6 +50,7 @@ class StepError(FerrumError):
     kind: str = "error"
 
     def __init__(self, message: str, retry: bool = False, retry_after_s: float | None = None) -> None:
+        message = message[:_LONGEST]
         super().__init__(message, retry, retry_after_s)
         self.message = message
         #: Whether the same attempt might work later.
@@ -147,6 +153,20 @@ class SettingsError(OperatorError):
 
 class Unavailable(OperatorError):
     """Something ferrum stands on is not there, or not what it promised."""
+
+
+def words(error: BaseException) -> str:
+    """The text of anybody's exception, and something else where it has none to give."""
+    try:
+        return str(error)[:_LONGEST]
+    except Exception as worse:  # noqa: BLE001
+        # Its own `__str__` is the user's code, and may do anything.
+        return f"(its text cannot be had: its __str__ raised {type(worse).__name__})"
+
+
+def bug(error: BaseException) -> str:
+    """What to say of an exception that nobody expected."""
+    return f"{type(error).__name__}: {words(error)} (a bug in ferrum or in a step type)"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

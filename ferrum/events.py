@@ -159,7 +159,7 @@ class StepOutput(_StepEvent):
     """What a running step says while it runs."""
 
     type: Literal["step.output"] = "step.output"
-    #: `stdout` or `stderr`.
+    #: `stdout` or `stderr`; `usage` where a count of a provider is not believed.
     stream: str
     text: str
 

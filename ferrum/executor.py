@@ -28,6 +28,7 @@ from ferrum.artifacts import Artifacts, Kept
 from ferrum.breaker import Allowed, Breaker, Breaking, State
 from ferrum.cache import Cache, Hit, digest_of
 from ferrum.errors import (
+    LONGEST_ERROR,
     AuthorError,
     Denied,
     FerrumError,
@@ -36,6 +37,7 @@ from ferrum.errors import (
     StepError,
     StepTimeout,
     Unavailable,
+    bug,
 )
 from ferrum.governance.acts import Act, By, R
 from ferrum.governance.door import decide
@@ -380,6 +382,10 @@ class Executor:
             raise
         except FerrumError as error:
             return self.record.close(run_id, RunStatus.FAILED, reason=redact(f"the workflow's outputs: {error}"))
+        except Exception as error:
+            # Else whoever gets the step next meets it again, and the run never ends.
+            log.exception("%s: its outputs", run_id)
+            return self.record.close(run_id, RunStatus.FAILED, reason=redact(f"the workflow's outputs: {bug(error)}"))
         return self.record.close(run_id, RunStatus.COMPLETED, outputs=outputs)
 
     def scope(
@@ -453,8 +459,20 @@ class _Attempt:
     def signal(self) -> tuple[JsonValue] | None:
         return (self._executor.opened(self._claim.signal),) if self._claim.signal else None
 
-    def go(self, signature: Callable[[], str]) -> tuple[Then, Ended]:  # noqa: PLR0911 - one per way to end
-        """Raises `Lost`, and `Over` when the run's budget ended it."""
+    def go(self, signature: Callable[[], str]) -> tuple[Then, Ended]:
+        """Raises `Lost`, `Over` when the run's budget ended it, and `Unavailable` when Redis is away.
+
+        Nothing else: what the step did may not be done again for want of words to record it with.
+        """
+        try:
+            return self._go(signature)
+        except (Lost, Over, Unavailable):
+            raise
+        except Exception as error:
+            log.exception("%s.%s: what came of it cannot be recorded", self.run_id, self.step_id)
+            return Then.PASS, self._finish(StepStatus.FAILED, {"error": redact(bug(error))[:LONGEST_ERROR]})
+
+    def _go(self, signature: Callable[[], str]) -> tuple[Then, Ended]:  # noqa: PLR0911 - one per way to end
         try:
             self._scoped = self._scope()
             tried = self._alternative()
@@ -480,9 +498,7 @@ class _Attempt:
             return self._failed(away, signature)
         except Exception as error:
             log.exception("%s.%s: a bug in step type %r", self.run_id, self.step_id, self._step.type.name)
-            return self._failed(
-                StepError(f"{type(error).__name__}: {error} (a bug in ferrum or in a step type)"), signature
-            )
+            return self._failed(StepError(bug(error)), signature)
         return Then.PASS, self._finish(StepStatus.COMPLETED, {}, output=envelope)
 
     def _left(self, why: Park | Inside | Skip | _Stopping, signature: Callable[[], str]) -> tuple[Then, Ended]:
@@ -834,6 +850,9 @@ class _Attempt:
         finally:
             await voice.aclose()
         self._usage += reply.usage
+        for doubt in reply.doubts:
+            log.warning("%s.%s: %s", self.run_id, self.step_id, doubt)
+            await self._say("usage", doubt)
         return reply
 
     async def _say(self, stream: str, text: str) -> None:
@@ -863,7 +882,7 @@ class _Attempt:
         return replace(ended, sends=ended.sends + self._let_go(output))
 
     def _failed(self, error: StepError, signature: Callable[[], str]) -> tuple[Then, Ended]:
-        message = redact(error.message)
+        message = redact(error.message)[:LONGEST_ERROR]
         tries = self._claim.failed_tries + 1
         retry = self._step.retry
         if error.retry and tries < retry.max_attempts and (retry.on is None or error.kind in retry.on):

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from ferrum.errors import StepError, TaskError
+from ferrum.errors import StepError, TaskError, words
 
 T = TypeVar("T")
 
@@ -100,7 +100,7 @@ def raised(name: str, error: BaseException) -> None:
 def _words(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return f"ended by sys.exit({error.code!r})"
-    return f"raised {type(error).__name__}: {error}"
+    return f"raised {type(error).__name__}: {words(error)}"
 
 
 def contained(call: Callable[[], T]) -> T:

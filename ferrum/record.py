@@ -64,6 +64,8 @@ MAX_DEPTH = 200
 #: A queue is a list for each lane; the first is served first.
 LANES = 10
 
+#: Longer than anybody waits, and a time that a timer can have.
+_LONGEST_WAIT_S = 100 * 365 * 86400.0
 #: How long one blocking read waits; a run that is gone is noticed this late.
 _BLOCK_S = 2.0
 
@@ -539,7 +541,7 @@ class Record(Connection):
         `holding`: what it holds meanwhile of all that runs share, kind and key.
         """
         wire = _wire(usage)
-        wake = "" if wake_in_s is None else str(max(0, round(wake_in_s * 1000)))
+        wake = "" if wake_in_s is None else str(max(0, round(min(wake_in_s, _LONGEST_WAIT_S) * 1000)))
         body = {**data, "kind": kind, "wakes_in": wake_in_s, "usage": wire}
         reply = self._run(
             "park", held.run_id, held.run_id, held.step_id, held.token, kind, wake, signature, _dumps(body),

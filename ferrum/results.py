@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict, JsonValue, field_validator
 
 
 class RunStatus(StrEnum):
@@ -46,8 +46,18 @@ _LIVE_RUN = frozenset({RunStatus.QUEUED, RunStatus.RUNNING, RunStatus.WAITING_AP
 _LIVE_STEP = frozenset({StepStatus.PENDING, StepStatus.RUNNING, StepStatus.WAITING})
 
 
+#: The most that one counter holds: exact in a float, and far from the end of Redis's integers.
+_MOST = 10**15
+#: Of US dollars.
+_MOST_USD = 1e9
+
+
 class Usage(BaseModel):
-    """What something cost. Adding two is adding their fields."""
+    """What something cost. Adding two is adding their fields.
+
+    Counters come from providers and are added up in Redis, so none is ever negative, more than a thousand million
+    million, or anything but a number: such a one is the nearest that can be, and 0 where there is none.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -60,6 +70,18 @@ class Usage(BaseModel):
     #: Model calls whose price nobody knows.
     unpriced_calls: int = 0
 
+    @field_validator("input_tokens", "output_tokens", "model_calls", "tool_calls", "unpriced_calls", mode="before")
+    @classmethod
+    def _countable(cls, value: object) -> int:
+        if type(value) is int and 0 <= value <= _MOST:
+            return value
+        return int(_nearest(value, _MOST))
+
+    @field_validator("cost_usd", mode="before")
+    @classmethod
+    def _payable(cls, value: object) -> float:
+        return _nearest(value, _MOST_USD)
+
     @property
     def total_tokens(self) -> int:
         return self.input_tokens + self.output_tokens
@@ -69,6 +91,13 @@ class Usage(BaseModel):
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in Usage.model_fields)
+
+
+def _nearest(value: object, most: float) -> float:
+    """The number from 0 to `most` that is nearest to a value; 0 for what is no number."""
+    if not isinstance(value, int | float) or value != value:  # noqa: PLR0124 - NaN
+        return 0.0
+    return float(min(max(value, 0), most))
 
 
 class StepResult(BaseModel):

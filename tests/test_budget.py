@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,6 +27,7 @@ from ferrum.results import Usage
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 NOTHING = Usage()
+NAN = float("nan")
 
 #: Small numbers, so that sums meet limits exactly, just below and just above; and one that is larger than 32 bits.
 counts = st.integers(0, 6) | st.just(2**40)
@@ -220,3 +223,28 @@ def test_the_rows_of_the_rule_stand_in_the_order_of_the_table() -> None:
         "cost_usd",
         "tool_calls",
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "counted"),
+    [
+        (-1, 0), (10**30, 10**15), (NAN, 0), (float("inf"), 10**15), (float("-inf"), 0), ("12", 0), (None, 0), ([], 0),
+        (2.0, 2), (7, 7),
+    ],
+)  # fmt: skip
+def test_a_usage_holds_what_can_be_counted(given: Any, counted: int) -> None:
+    assert Usage(input_tokens=given).input_tokens == counted
+    assert Usage(cost_usd=given).cost_usd == min(counted, 10**9)
+    assert all(type(count) is int and 0 <= count < 2**63 for count in counters(Usage(cost_usd=given)).values())
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=8))
+def test_a_cost_told_bit_by_bit_is_never_less_than_nothing(costs: list[float]) -> None:
+    """What was told before is taken off what is used, and floats do not add up."""
+    used = told = Usage()
+    for cost in costs:
+        used += Usage(cost_usd=cost)
+        left = Usage(cost_usd=used.cost_usd - told.cost_usd)
+        told += left
+        assert counters(left)["cost_micro_usd"] >= 0
+    assert counters(Usage(cost_usd=used.cost_usd - told.cost_usd))["cost_micro_usd"] == 0

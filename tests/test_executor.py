@@ -18,7 +18,7 @@ from office import Given, Office, step_type
 from pydantic import JsonValue
 
 import ferrum.settings
-from ferrum.artifacts import Artifacts
+from ferrum.artifacts import Artifacts, Kept
 from ferrum.errors import ModelError, SettingsError, StepError, ToolError, Unavailable
 from ferrum.events import ActDecided, RunState, StepOutput, StepWaiting
 from ferrum.executor import Holds, Outcome, Then
@@ -367,6 +367,24 @@ def test_outputs_that_cannot_be_evaluated_fail_the_run(office: Office) -> None:
     assert state.status is RunStatus.FAILED
     assert (state.reason or "").startswith("the workflow's outputs: ")
     assert state.step("a").status is StepStatus.COMPLETED
+
+
+def test_outputs_that_meet_a_bug_fail_the_run(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    office.actors.on("git.log", 1)
+    keep = office.executor.artifacts.keep
+    bugs = iter([None, KeyError("what")])
+
+    def keep_or_not(value: JsonValue) -> Kept:
+        if error := next(bugs):
+            raise error
+        return keep(value)
+
+    run = office.begin({"a": TOOL}, outputs={"r": "{{ a }}"})
+    monkeypatch.setattr(office.executor.artifacts, "keep", keep_or_not)
+    office.attempt(run)
+    state = office.record.state(run.run_id)
+    assert (state.status, state.step("a").status) == (RunStatus.FAILED, StepStatus.COMPLETED)
+    assert state.reason == "the workflow's outputs: KeyError: 'what' (a bug in ferrum or in a step type)"
 
 
 def test_a_run_whose_closer_died_is_closed_by_the_next_message(office: Office) -> None:

@@ -712,3 +712,13 @@ def test_what_is_cancelled_stops_with_all_that_goes_on_in_it() -> None:
 
     asyncio.run(main())
     assert stopped == ["a"]
+
+
+def test_what_comes_back_is_taken_as_a_fleet_takes_it() -> None:
+    """The same of workers is in `test_after_the_act.py`."""
+    odd = StepError("no", retry=True, retry_after_s="soon")  # type: ignore[arg-type]
+    steps = {"a": echo(1), "b": echo(1, on_error="continue", retry={"max_attempts": 2})}
+    run = run_inline(workflow(steps), steps={"a": StepError("x" * 100_000), "b": odd})
+    assert (run.attempts("a"), run.attempts("b")) == (1, 1)
+    assert len(run.step("a").error or "") == 8192
+    assert "a bug in ferrum" in (run.step("b").error or "")

@@ -7,11 +7,14 @@ import json
 import os
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from celery import shared_task
 from celery._state import _task_stack
+
+from ferrum.errors import StepError
 
 
 @shared_task(name="user.echo")
@@ -161,3 +164,69 @@ def number_of(values: Any) -> int:
         return [plain(one) for one in value] if isinstance(value, list) else value
 
     return zlib.crc32(json.dumps(plain(values), sort_keys=True).encode()) % 1000
+
+
+class _Mute(Exception):
+    def __str__(self) -> str:
+        raise ValueError("nothing to say")
+
+
+class _MuteForEver(Exception):
+    def __str__(self) -> str:
+        raise self
+
+
+def _nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def _endless() -> Any:
+    value: list[Any] = []
+    value.append(value)
+    return value
+
+
+def _raise(error: BaseException) -> Any:
+    raise error
+
+
+#: What a task may return or raise, by a name.
+HOSTILE: dict[str, Callable[[], Any]] = {
+    "nan": lambda: float("nan"),
+    "infinity": lambda: [float("inf")],
+    "half a character": lambda: "\ud800",
+    "half a character as key": lambda: {"\udfff": 1},
+    "zero character": lambda: "a\0b",
+    "huge number": lambda: 10**5000,
+    "big number": lambda: 10**30,
+    "nested": lambda: _nested(900),
+    "deeply nested": lambda: _nested(100_000),
+    "endless": _endless,
+    "tuple": lambda: (1, 2),
+    "set": lambda: {1},
+    "bytes": lambda: b"\xff",
+    "object": object,
+    "class": lambda: int,
+    "generator": lambda: (number for number in range(3)),
+    "odd keys": lambda: {1: 2, None: 3, (1,): 2},
+    "large": lambda: "x" * 5_000_000,
+    "odd wait": lambda: _raise(StepError("no", retry=True, retry_after_s="soon")),  # type: ignore[arg-type]
+    "raise and wait for ever": lambda: _raise(StepError("no", retry=True, retry_after_s=float("inf"))),
+    "raise plainly": lambda: _raise(ValueError("no")),
+    "raise half a character": lambda: _raise(ValueError("\udce4")),
+    "raise at length": lambda: _raise(ValueError("x" * 5_000_000)),
+    "raise mutely": lambda: _raise(_Mute()),
+    "raise mutely for ever": lambda: _raise(_MuteForEver()),
+    "raise a group": lambda: _raise(ExceptionGroup("many", [_Mute(), ValueError("no")])),
+    "raise nested": lambda: _raise(RecursionError(_nested(900))),
+}
+
+
+@shared_task(name="user.hostile")
+def hostile(log: str, what: str) -> Any:
+    with Path(log).open("a") as file:
+        file.write(".")
+    return HOSTILE[what]()

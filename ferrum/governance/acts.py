@@ -33,6 +33,8 @@ class Reply(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     usage: Usage = Usage()
+    #: Sentences about what of it is not believed.
+    doubts: tuple[str, ...] = Field(default=(), exclude=True)
 
 
 R = TypeVar("R", bound=Reply)

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 from pydantic import JsonValue
 
 from ferrum.cache import digest_of
-from ferrum.errors import AuthorError, Denied, SettingsError, StepError, StepTimeout, Unavailable
+from ferrum.errors import (
+    LONGEST_ERROR,
+    AuthorError,
+    Denied,
+    SettingsError,
+    StepError,
+    StepTimeout,
+    Unavailable,
+    bug,
+)
 from ferrum.governance.acts import Act, By, R
 from ferrum.governance.door import decide
 from ferrum.governance.policy import Decision, Effect
@@ -54,6 +63,9 @@ class Attempt:
             await self._go()
         except Lost:
             self._let_go()
+        except Exception as error:
+            log.exception("%s.%s: what came of it cannot be recorded", self.run_id, self.step_id)
+            self._finish(StepStatus.FAILED, {"error": redact(bug(error))[:LONGEST_ERROR]})
 
     async def _go(self) -> None:  # noqa: PLR0911 - one per way to end
         try:
@@ -85,7 +97,7 @@ class Attempt:
             return self._failed(away)
         except Exception as error:
             log.exception("%s.%s: a bug in step type %r", self.run_id, self.step_id, self._step.type.name)
-            return self._failed(StepError(f"{type(error).__name__}: {error} (a bug in ferrum or in a step type)"))
+            return self._failed(StepError(bug(error)))
         return self._finish(StepStatus.COMPLETED, {}, output=envelope)
 
     # What step types see.
@@ -204,6 +216,8 @@ class Attempt:
             act, By(self.idempotency_key, settings().tenant, self._say, self.perform)
         )
         self._usage += reply.usage
+        for doubt in reply.doubts:
+            self._say("usage", doubt)
         return reply
 
     def _say(self, stream: str, text: str) -> None:
@@ -433,7 +447,7 @@ class Attempt:
         self._let_go(output)
 
     def _failed(self, error: StepError) -> None:
-        message = redact(error.message)
+        message = redact(error.message)[:LONGEST_ERROR]
         tries, retry = self._state.failed_tries + 1, self._step.retry
         if error.retry and tries < retry.max_attempts and (retry.on is None or error.kind in retry.on):
             delay = retry.delay(tries, self._world.random(), error.retry_after_s)

@@ -218,21 +218,26 @@ def _reply(call: ModelCall, response: Any) -> ModelReply:
     if refusal or (not text and choice.finish_reason == "content_filter"):
         said = f": {_quoted(refusal)}" if refusal else ""
         raise ModelError(f"model {call.model!r} refused to answer{said}; change the prompt")
+    usage, doubts = _usage(call, text, getattr(response, "usage", None))
     return ModelReply(
         text=text,
         model=response.model or call.model,
         finish_reason=choice.finish_reason or "stop",
-        usage=_usage(call, text, getattr(response, "usage", None)),
+        usage=usage,
+        doubts=doubts,
     )
 
 
-def _usage(call: ModelCall, text: str, counted: Any) -> Usage:
+def _usage(call: ModelCall, text: str, counted: Any) -> tuple[Usage, tuple[str, ...]]:
     asked = getattr(counted, "prompt_tokens", None) or 0
     answered = getattr(counted, "completion_tokens", None) or 0
+    estimated, made = prices.estimate(call).input_tokens, math.ceil(len(text) / 3)
     if not asked and not answered:
         # Some servers of one's own do not count; an estimate is nearer to the truth than 0.
-        asked, answered = prices.estimate(call).input_tokens, math.ceil(len(text) / 3)
-    return prices.usage(call.model, asked, answered)
+        return prices.usage(call.model, estimated, made), ()
+    read, doubts = prices.believed(call.model, "input", asked, estimated)
+    written, more = prices.believed(call.model, "output", answered, made)
+    return prices.usage(call.model, read, written), doubts + more
 
 
 def translated(model: str, error: Exception) -> ModelError:

@@ -33,10 +33,12 @@ async def embed(call: Embedding) -> EmbeddingReply:
         )
     except openai.OpenAIError as error:
         raise calls.translated(call.model, error) from error
+    read, doubts = _tokens(call, response)
     return EmbeddingReply(
         vectors=_vectors(call, response.data or ()),
         model=response.model or call.model,
-        usage=prices.usage(call.model, _tokens(call, response), 0),
+        usage=prices.usage(call.model, read, 0),
+        doubts=doubts,
     )
 
 
@@ -82,7 +84,8 @@ def _vectors(call: Embedding, data: Any) -> tuple[tuple[float, ...], ...]:
     return vectors
 
 
-def _tokens(call: Embedding, response: Any) -> int:
+def _tokens(call: Embedding, response: Any) -> tuple[int, tuple[str, ...]]:
     counted = getattr(response.usage, "prompt_tokens", None) if getattr(response, "usage", None) else None
     # Some servers of one's own do not count; an estimate is nearer to the truth than 0.
-    return counted or prices.estimate(call).input_tokens
+    estimated = prices.estimate(call).input_tokens
+    return prices.believed(call.model, "input", counted, estimated) if counted else (estimated, ())

@@ -42,6 +42,10 @@ _PER_TEXT: Final = 2
 _PER_PICTURE: Final = 2000
 
 
+#: More than any model reads or writes in one call.
+_MOST_TOKENS: Final = 100_000_000
+
+
 class Price(BaseModel):
     """US dollars per million tokens."""
 
@@ -111,6 +115,17 @@ def estimate(call: ModelCall | Embedding) -> Usage:
     asked = math.ceil(size / 3) + _PER_MESSAGE * len(call.messages)
     answered = DEFAULT_OUTPUT_TOKENS if call.max_tokens is None else call.max_tokens
     return usage(call.model, asked, answered)
+
+
+def believed(model: str, what: str, said: object, instead: int) -> tuple[int, tuple[str, ...]]:
+    """How many tokens to count where a provider says so many, and a sentence where it is something else."""
+    amount = "no whole number of"
+    if isinstance(said, int) and not isinstance(said, bool):
+        if 0 <= said <= _MOST_TOKENS:
+            return said, ()
+        amount = "fewer than 0" if said < 0 else f"more than {_MOST_TOKENS:,}"
+    doubt = f"model {model!r} says that it used {amount} {what} tokens, which cannot be: counted as {instead}"
+    return instead, (doubt,)
 
 
 def usage(model: str, input_tokens: int, output_tokens: int) -> Usage:

@@ -128,7 +128,9 @@ class Retry(_Part):
         except OverflowError:
             longest = self.max_delay
         jittered = random * longest
-        return jittered if retry_after_s is None else max(jittered, retry_after_s + random * self.backoff)
+        if retry_after_s is None or not math.isfinite(retry_after_s):
+            return jittered
+        return max(jittered, min(retry_after_s, _MAX_DURATION) + random * self.backoff)
 
 
 class Defaults(_Part):
