@@ -2,12 +2,25 @@
 
 kombu's Redis transport is what other apps use, in the same process and on the same database. These are subclasses of
 it that only ferrum's app has: nothing of kombu is changed, and no other app's messages are touched.
+
+A message is at any instant in a queue's list or among the unacknowledged ones. kombu takes it off its list with BRPOP
+and notes it afterwards: in between it is in one process only, and lost with it. Here a worker asks with a script that
+takes a message and notes it as one, under a tag that the worker has chosen. Where there is none, the script has looked
+at each list, so Redis tells the worker's connection when somebody has written to one (`CLIENT TRACKING`), and it asks
+again. Whoever pushes, in whatever language, needs nothing but LPUSH.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
+import itertools
 import logging
+import math
+import random
+import time
+import uuid
+from collections.abc import Iterable
 from functools import partial
 from queue import Empty
 from typing import Any, Final
@@ -17,8 +30,9 @@ from celery.app.amqp import AMQP
 from celery.backends.redis import RedisBackend, SentinelBackend
 from kombu.connection import Connection
 from kombu.transport import redis as kombu_redis
+from kombu.transport import virtual
 from kombu.utils.collections import HashedSeq
-from kombu.utils.json import loads
+from kombu.utils.json import dumps, loads
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -26,17 +40,100 @@ from ferrum.refusals import hurried, patient
 
 log = logging.getLogger(__name__)
 
-#: Messages that a worker has taken and not yet acknowledged, by delivery tag.
+#: Messages that a worker has taken and not yet acknowledged, by delivery tag: the list that it was taken from, as
+#: `<length>:<name>`, and the text.
 UNACKED: Final = "ferrum:unacked"
-#: The same tags by the time since when nobody has renewed them, a sorted set.
+#: The same tags by the second, of Redis's clock, in which they were taken or renewed: a sorted set.
 UNACKED_INDEX: Final = "ferrum:unacked:index"
 
 _PROBE: Final = "ferrum:probe"
 _PROBE_LIFE_MS: Final = 10_000
 _RECONNECT_EVERY_S: Final = 1.0
 
-_BINDING: Final = "ferrum:binding:%s"
-_FANOUT: Final = "/ferrum-{db}."
+
+#: Takes the first message of the first list that has one, and notes it. KEYS: unacked, index, lists in their order.
+#: ARGV: a digit for each queue, 0 where messages are not acknowledged, or nothing where all are; the tag.
+_TAKE: Final = """
+local lists = #KEYS - 2
+local pop = {lists, unpack(KEYS, 3)}
+pop[lists + 2] = 'RIGHT'
+local found = redis.call('LMPOP', unpack(pop))
+if not found then
+  -- Read, not only popped from: of a list that it has read, the connection hears when it is written to.
+  redis.call('EXISTS', unpack(KEYS, 3))
+  return false
+end
+local list, text, kept = found[1], found[2][1], true
+if ARGV[1] ~= '' then
+  for at = 3, #KEYS do
+    if KEYS[at] == list then
+      local queue = (at - 3) % #ARGV[1] + 1
+      kept = ARGV[1]:sub(queue, queue) ~= '0'
+    end
+  end
+end
+if kept then
+  redis.call('HSET', KEYS[1], ARGV[2], #list .. ':' .. list .. text)
+  redis.call('ZADD', KEYS[2], redis.call('TIME')[1], ARGV[2])
+end
+return {list, text}
+"""
+
+#: Puts a message back. KEYS: unacked, index, list. ARGV: tag, text, RPUSH for the front of the list and LPUSH for its
+#: end, and for how many seconds nobody may have renewed it, or nothing.
+_PUT_BACK: Final = """
+if ARGV[4] ~= '' then
+  local since = redis.call('ZSCORE', KEYS[2], ARGV[1])
+  if since and tonumber(since) > redis.call('TIME')[1] - ARGV[4] then return 0 end
+end
+redis.call('ZREM', KEYS[2], ARGV[1])
+if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
+redis.call(ARGV[3], KEYS[3], ARGV[2])
+return 1
+"""
+
+#: Forgets messages. KEYS: unacked, index. ARGV: tag.
+_FORGET: Final = """
+redis.call('ZREM', KEYS[2], ARGV[1])
+return redis.call('HDEL', KEYS[1], ARGV[1])
+"""
+
+#: Tags that nobody has renewed for so long. KEYS: index. ARGV: seconds, how many at most.
+_DUE: Final = """
+local before = redis.call('TIME')[1] - ARGV[1]
+return redis.call('ZRANGE', KEYS[1], '-inf', before, 'BYSCORE', 'LIMIT', 0, ARGV[2])
+"""
+
+#: Keeps messages from being given to another. KEYS: index. ARGV: tags.
+_RENEW: Final = """
+local now = redis.call('TIME')[1]
+for _, tag in ipairs(ARGV) do redis.call('ZADD', KEYS[1], 'XX', now, tag) end
+"""
+
+_TAKE_SHA: Final = hashlib.sha1(_TAKE.encode(), usedforsecurity=False).hexdigest()
+
+#: Messages that one look at what is due puts back; the rest is for the next.
+_RESTORED_AT_ONCE: Final = 200
+
+#: How often is asked where Redis does not tell of new messages.
+_POLL_S: Final = 0.05
+#: A question that has no answer after this long has none coming: its connection is given up.
+_ANSWER_S: Final = 5.0
+#: The longest that a worker waits before it asks when it was woken and others were quicker, again and again: else each
+#: message would set a whole idle fleet asking.
+_PAUSE_S: Final = 0.05
+
+#: What reading a connection gives for "one of your lists was written to".
+_WRITTEN: Final = object()
+
+#: Tags of questions whose answer was lost with its connection, by when. What was taken with one is put back at once.
+_unanswered: dict[str, float] = {}
+
+
+def renew(client: redis.Redis, tags: Iterable[str], index: str = UNACKED_INDEX) -> None:
+    """Keep these messages from being given to another worker, from now on for the visibility timeout."""
+    if tags := list(tags):
+        client.eval(_RENEW, 1, index, *tags)
 
 
 class _Keys:
@@ -44,17 +141,83 @@ class _Keys:
 
     unacked_key = UNACKED
     unacked_index_key = UNACKED_INDEX
-    unacked_mutex_key = "ferrum:unacked:mutex"
-    keyprefix_queue = _BINDING
+    keyprefix_queue = "ferrum:binding:%s"
     keyprefix_binding_deadlines = "ferrum:binding-deadlines"
     keyprefix_binding_permanent = "ferrum:binding-permanent:%s"
-    keyprefix_fanout = _FANOUT
+    keyprefix_fanout = "/ferrum-{db}."
 
 
-class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc] # kombu is untyped
-    """kombu's channel, mended."""
+class QoS(kombu_redis.QoS):  # type: ignore[misc] # kombu is untyped
+    """Acknowledging and giving back, each one script; a tag is of one delivery, never of a later one."""
 
-    _kept_client: Any = None
+    def append(self, message: Any, delivery_tag: str) -> None:
+        # Redis has noted it when it was taken.
+        virtual.QoS.append(self, message, delivery_tag)
+
+    def ack(self, delivery_tag: str) -> None:
+        self.channel.forget(delivery_tag)
+        virtual.QoS.ack(self, delivery_tag)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        if requeue:
+            self.restore_by_tag(delivery_tag, leftmost=True)
+            virtual.QoS.ack(self, delivery_tag)
+        else:
+            self.ack(delivery_tag)
+
+    def restore_visible(self, start: int = 0, num: int | None = None, interval: int | None = 1) -> None:
+        """Put back what nobody has renewed for the visibility timeout, and what was taken for a lost answer."""
+        self._vrestore_count += 1
+        if (self._vrestore_count - 1) % (interval or 1):
+            return
+        with self.channel.conn_or_acquire() as client:
+            for tag, asked_at in list(_unanswered.items()):
+                # The question itself may still be on its way to Redis.
+                if self.restore_by_tag(tag, client) or time.monotonic() - asked_at > self.visibility_timeout:
+                    _unanswered.pop(tag, None)
+            due = self.channel.run(_DUE, [self.unacked_index_key], [self.visibility_timeout, num or _RESTORED_AT_ONCE])
+            for tag in due:
+                self.restore_by_tag(tag.decode(), client, idle_s=self.visibility_timeout)
+
+    def restore_by_tag(
+        self, tag: str, client: Any = None, leftmost: bool = False, *, idle_s: float | None = None
+    ) -> bool:
+        """Put a message back: to the front of its list, or with `leftmost` to the end. False where it was not there."""
+        with self.channel.conn_or_acquire(client) as asked:
+            noted = asked.hget(self.unacked_key, tag)
+        if noted is None:
+            self.channel.forget(tag)
+            return False
+        keys = [self.unacked_key, self.unacked_index_key, _list_of(noted)]
+        push = "LPUSH" if leftmost else "RPUSH"
+        idle = "" if idle_s is None else idle_s
+        return bool(self.channel.run(_PUT_BACK, keys, [tag, _delivered_again(_text_of(noted)), push, idle]))
+
+
+class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
+    """kombu's channel, mended, and with another way of taking messages."""
+
+    QoS = QoS
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._kept_client: Any = None
+        self._scripts: dict[str, Any] = {}
+        self._unkept: set[str] = set()
+        self._name = uuid.uuid4().hex
+        self._numbers = itertools.count(1)
+        #: Of the question that is on its way.
+        self._tag: str | None = None
+        #: The socket on which Redis tells what was written, and whether it does.
+        self._told_on: Any = None
+        self._is_told = False
+        #: There was nothing; Redis will say when there is.
+        self._waiting = False
+        self._woken = False
+        self._misses = 0
+        self._ask_from = 0.0
+        self._send_script = True
+        self._question: tuple[tuple[bool, tuple[str, ...]], bytes] | None = None
+        super().__init__(*args, **kwargs)
 
     def _connparams(self, asynchronous: bool = False) -> Any:
         # Kombu 5.7.0 dies with an AttributeError instead of reconnecting when Redis goes away while late acks are due:
@@ -72,36 +235,259 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc] # kombu is unty
             self._kept_client = super()._create_client()
         return self._kept_client
 
-    def _brpop_read(self, **options: Any) -> bool:
+    def run(self, script: str, keys: list[Any], args: list[Any]) -> Any:
+        """Run one of our scripts."""
+        client = self._create_client()
+        known = self._scripts.get(script)
+        if known is None:
+            known = self._scripts[script] = client.register_script(script)
+        return known(keys, args, client=client)
+
+    def forget(self, tag: str) -> None:
+        """Take a message from the unacknowledged ones: it is done with."""
+        self.run(_FORGET, [self.unacked_key, self.unacked_index_key], [tag])
+
+    # Taking messages. kombu's poller calls these two names.
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        """Ask for a message, unless it is too early for that."""
+        now = time.monotonic()
+        queues = self._queue_cycle.consume(len(self.active_queues))
+        if now < self._ask_from or not queues:
+            return
+        connection = self.client.connection
+        self._be_told(connection)
+        tag = f"{self._name}.{next(self._numbers)}"
+        self._tag, self._waiting, self._in_poll, self._brpop_sent_at = tag, False, connection, now
+        connection.send_packed_command([self._packed(queues), _bulk(tag.encode())], check_health=False)
+
+    def _packed(self, queues: list[str]) -> bytes:
+        """The question, but for its tag: the same each time, as long as the queues are."""
+        asked = (self._send_script, tuple(queues))
+        if self._question is None or self._question[0] != asked:
+            lists = [self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues]
+            keys = [self.unacked_key, self.unacked_index_key, *lists]
+            kept = "".join("0" if self._is_unkept(queue) else "1" for queue in queues)
+            script = ("EVAL", _TAKE) if self._send_script else ("EVALSHA", _TAKE_SHA)
+            parts = [*script, str(len(keys)), *(self.global_keyprefix + key for key in keys)]
+            parts.append(kept if "0" in kept else "")
+            packed = b"*%d\r\n" % (len(parts) + 1) + b"".join(_bulk(part.encode()) for part in parts)
+            self._question = (asked, packed)
+        return self._question[1]
+
+    def _is_unkept(self, queue: str) -> bool:
+        return not self.ack_emulation or queue in self._unkept
+
+    def _be_told(self, connection: Any) -> None:
+        """Have Redis tell this connection when a list that it has read is written to."""
+        if connection._sock is self._told_on:
+            return
+        self._told_on, self._send_script = connection._sock, True
         try:
+            if connection.get_protocol() not in (3, "3"):
+                raise redis.exceptions.ResponseError("the connection speaks RESP2")
+            connection.send_command("CLIENT", "TRACKING", "ON", check_health=False)
+            connection.read_response()
+            connection._parser.set_invalidation_push_handler(lambda _: _WRITTEN)
+            self._is_told = True
+        except redis.exceptions.ResponseError as error:
+            self._is_told = False
+            log.warning(
+                "Redis does not tell this worker of new messages (CLIENT TRACKING: %s), so it asks %d times a second",
+                error, round(1 / _POLL_S),
+            )  # fmt: skip
+
+    def _brpop_read(self, **_: Any) -> bool:
+        """Read what has come: a message, that there is none, or that somebody has written to one of the lists."""
+        connection = self.client.connection
+        while True:
             try:
-                found = self.client.parse_response(self.client.connection, "BRPOP", **options)
+                answer = connection.read_response(push_request=True)
+            except redis.exceptions.NoScriptError:
+                self._tag, self._in_poll, self._send_script = None, None, True
+                raise Empty from None
             except self.connection_errors:
-                self.client.connection.disconnect()
+                # The next turn connects anew.
+                connection.disconnect()
                 raise
-            if not found:
+            except redis.exceptions.ResponseError:
+                self._tag = self._in_poll = None
+                raise
+            if answer is _WRITTEN:
+                self._be_woken()
+            elif answer is not None:
+                return self._take(*answer)
+            elif self._tag is not None:
+                self._begin_to_wait(connection)
+            if not connection.can_read(timeout=0):
                 raise Empty
-            queue = found[0].decode().rsplit(self.sep, 1)[0]
-            self._queue_cycle.rotate(queue)
-            self.connection._deliver(_message(found[1]), queue)
-            return True
-        finally:
+
+    def _take(self, listed: bytes, text: bytes) -> bool:
+        tag, self._tag = self._tag, None
+        self._in_poll, self._send_script, self._woken, self._misses = None, False, False, 0
+        self._flush_brpop_reauth()
+        queue = listed.decode().removeprefix(self.global_keyprefix).rsplit(self.sep, 1)[0]
+        self._queue_cycle.rotate(queue)
+        self.connection.receive(self, queue, tag, text)
+        return True
+
+    def _begin_to_wait(self, connection: Any) -> None:
+        self._tag, self._send_script = None, False
+        if self._woken:
+            self._woken = False
+            self._misses += 1
+        if self._pending_reauth_token(connection) is not None:
             self._in_poll = None
             self._flush_brpop_reauth()
+        elif self._is_told:
+            self._waiting = True
+        else:
+            self._in_poll = None
+            self._pause(_POLL_S)
+
+    def _be_woken(self) -> None:
+        if self._waiting:
+            self._in_poll, self._waiting, self._woken = None, False, True
+            if self._misses > 1:
+                self._pause(min(_PAUSE_S, 0.001 * 2**self._misses) * random.uniform(0.5, 1))  # noqa: S311
+
+    def _pause(self, seconds: float) -> None:
+        self._ask_from = time.monotonic() + seconds
+        self.connection.cycle.call_later(seconds)
+
+    def look_after(self, now: float) -> None:
+        """Ask again after a while in any case, and give up a connection that does not answer."""
+        connection = self._in_poll
+        if not connection or self._brpop_sent_at is None:
+            return
+        asked_for = now - self._brpop_sent_at
+        if self._waiting and asked_for >= self.brpop_timeout:
+            self._in_poll, self._waiting = None, False
+        elif not self._waiting and asked_for >= _ANSWER_S and not connection.can_read(timeout=0):
+            log.warning("Redis has not answered for %.0f s: connecting anew", asked_for)
+            connection.disconnect()
+
+    def _on_connection_disconnect(self, connection: Any) -> None:
+        if self._in_poll is connection:
+            self._waiting = False
+            if self._tag is not None:
+                _unanswered[self._tag] = time.monotonic()
+                self._tag = None
+        super()._on_connection_disconnect(connection)
+
+    def basic_consume(self, queue: str, no_ack: bool, *args: Any, **kwargs: Any) -> Any:
+        (self._unkept.add if no_ack else self._unkept.discard)(queue)
+        self._question = None
+        return super().basic_consume(queue, no_ack, *args, **kwargs)
+
+    def _get(self, queue: str) -> Any:
+        lists = [self._q_for_pri(queue, step) for step in self.priority_steps]
+        keys = [self.unacked_key, *(self.global_keyprefix + key for key in (self.unacked_index_key, *lists))]
+        tag = f"{self._name}.{next(self._numbers)}"
+        found = self.run(_TAKE, keys, ["0" if self._is_unkept(queue) else "", tag])
+        self._maybe_update_queues_expire(self._create_client(), queue)
+        if not found:
+            raise Empty
+        message = self.connection.read(self, queue, tag, found[1])
+        if message is None:
+            raise Empty
+        return message
+
+    def close(self) -> None:
+        self._closing = True
+        if self._tag is not None:
+            self._hand_back(self._tag, self._in_poll)
+        self._tag = self._in_poll = None
+        super().close()
+
+    def _hand_back(self, tag: str, connection: Any) -> None:
+        """Put back what an answer brings that nobody will read."""
+        try:
+            while connection.read_response(push_request=True, timeout=1) is _WRITTEN:
+                continue
+            self.qos.restore_by_tag(tag)
+        except (*self.connection_errors, redis.exceptions.ResponseError):
+            _unanswered[tag] = time.monotonic()
+
+    def _restore(self, message: Any, leftmost: bool = False) -> None:
+        self.qos.restore_by_tag(message.delivery_tag, leftmost=leftmost)
 
 
 class SentinelChannel(Channel, kombu_redis.SentinelChannel):  # type: ignore[misc]
     """The same behind Redis Sentinel."""
 
 
+class Poller(kombu_redis.MultiChannelPoller):  # type: ignore[misc]
+    """kombu's poller, for questions that are answered at once instead of a BRPOP that blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: The worker's event loop, where there is one.
+        self.loop: Any = None
+
+    def on_poll_start(self) -> None:
+        for channel in self._channels:
+            if channel.active_queues and channel.qos.can_consume():
+                self._register_BRPOP(channel)
+            if channel.active_fanout_queues:
+                self._register_LISTEN(channel)
+
+    def on_readable(self, fileno: int) -> Any:
+        # Whether or not the channel may take more: an answer holds one message, and it is noted as taken.
+        if (found := self._fd_to_chan.get(fileno)) is not None:
+            channel, kind = found
+            return channel.handlers[kind]()
+        return None
+
+    def maybe_check_brpop_health(self) -> None:
+        now = time.monotonic()
+        for channel in list(self._channels):
+            channel.look_after(now)
+
+    def call_later(self, seconds: float) -> None:
+        """Begin another turn after so long."""
+        if self.loop is not None:
+            self.loop.call_later(seconds, _nothing)
+
+    def get(self, callback: Any, timeout: float | None = None) -> Any:
+        now = time.monotonic()
+        waits = [channel._ask_from - now for channel in self._channels if channel._ask_from > now]
+        return super().get(callback, min([*waits, 1.0, math.inf if timeout is None else timeout]))
+
+
+def _nothing() -> None:
+    """What a timer calls that is there to begin a turn."""
+
+
 class _Sifting:
     """Anybody may push to a queue, and kombu takes what is no message for a bug of its own: it ended the worker."""
 
-    def _deliver(self, message: Any, queue: str) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cycle: Poller = Poller()
+
+    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        super().register_with_event_loop(connection, loop)  # type: ignore[misc]
+        self.cycle.loop = loop
+        # kombu's own turn is every 25 s.
+        self.cycle._brpop_health_tref.cancel()
+        self.cycle._brpop_health_tref = loop.call_repeatedly(1, self.cycle.maybe_check_brpop_health)
+
+    def receive(self, channel: Channel, queue: str, tag: str, text: bytes) -> None:
+        """Deliver what was taken from a queue, if it is a message."""
+        message = self.read(channel, queue, tag, text)
+        if message is not None:
+            self._deliver(message, queue)  # type: ignore[attr-defined]
+
+    def read(self, channel: Channel, queue: str, tag: str, text: bytes) -> Any:
+        """The message that this is, under the tag that it was taken with; `None` where it is none, which ends it."""
+        message = _message(text)
         if wrong := no_message(message):
             log.error("what is no message was dropped from the queue %s: %s (see docs/enqueue.md)", queue, wrong)
-        else:
-            super()._deliver(message, queue)  # type: ignore[misc]
+            channel.forget(tag)
+            return None
+        message["properties"]["delivery_tag"] = tag
+        return message
 
 
 class _Probing:
@@ -228,3 +614,30 @@ def _decodes(body: str, encoding: object) -> bool:
         return encoding is None or (encoding == "base64" and base64.b64decode(body) is not None)
     except ValueError:
         return False
+
+
+def _bulk(part: bytes) -> bytes:
+    return b"$%d\r\n%b\r\n" % (len(part), part)
+
+
+def _list_of(noted: bytes) -> bytes:
+    length, _, rest = noted.partition(b":")
+    return rest[: int(length)]
+
+
+def _text_of(noted: bytes) -> bytes:
+    length, _, rest = noted.partition(b":")
+    return rest[int(length) :]
+
+
+def _delivered_again(text: bytes) -> bytes:
+    """The message, marked as one that was delivered before and how often; what is no message stays as it is."""
+    message = _message(text)
+    if no_message(message):
+        return text
+    info = message["properties"]["delivery_info"]
+    times = info.get("deliveries")
+    info["deliveries"] = times + 1 if isinstance(times, int) else 2
+    message["headers"]["redelivered"] = info["redelivered"] = True
+    marked: str = dumps(message)
+    return marked.encode()

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import click
@@ -18,6 +18,7 @@ from celery.worker.consumer import Tasks
 from celery.worker.consumer.control import Control
 from celery.worker.state import maybe_shutdown
 
+from ferrum.broker import renew
 from ferrum.errors import NotFound, SettingsError, Unavailable
 from ferrum.executor import Executor, Holds, Shared
 from ferrum.record import Record, Resend
@@ -347,14 +348,11 @@ def _import_users_tasks(app: Celery) -> None:
 
 def _renew_custody(consumer: Any) -> None:
     channel = consumer.task_consumer.channel
-    tags: Iterable[str] = list(channel.qos._delivered)
-    if tags:
-        now = time.time()
-        try:
-            with channel.conn_or_acquire() as client:
-                client.zadd(channel.unacked_index_key, dict.fromkeys(tags, now), xx=True)
-        except _AWAY:
-            log.debug("custody of messages was not renewed: Redis does not answer")
+    try:
+        with channel.conn_or_acquire() as client:
+            renew(client, list(channel.qos._delivered))
+    except _AWAY:
+        log.debug("custody of messages was not renewed: Redis does not answer")
 
 
 def _hand_back_after_grace(process: Process) -> None:

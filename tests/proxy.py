@@ -5,9 +5,14 @@ from __future__ import annotations
 import selectors
 import socket
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
+
+#: Looks at bytes on their way, with `True` for those to Redis; where it says `False` they do not arrive, and their
+#: connection is cut.
+Rule = Callable[[bytes, bool], bool]
 
 
 class Proxy:
@@ -24,6 +29,7 @@ class Proxy:
         self._silent: set[socket.socket] = set()
         #: Whether new connections go silent at once.
         self.dead = False
+        self.rule: Rule | None = None
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._door, selectors.EVENT_READ)
         self._stopped = False
@@ -88,6 +94,8 @@ class Proxy:
     def _forward(self, one: socket.socket, other: socket.socket) -> None:
         try:
             data = one.recv(65536)
+            if self.rule is not None and not self.rule(data, one.family is not socket.AF_UNIX):
+                data = b""
             other.sendall(data)
         except OSError:
             data = b""
