@@ -20,6 +20,7 @@ from celery.worker.request import Request
 from kombu import Queue
 from pydantic import JsonValue
 
+import celeryconfig
 from ferrum.actors import LiveActors
 from ferrum.artifacts import Artifacts
 from ferrum.breaker import Breaking
@@ -76,7 +77,8 @@ class App(Celery):  # type: ignore[misc] # Celery is untyped
 app = App("ferrum", set_as_current=False, amqp=Broker)
 app.loader.override_backends = BACKENDS
 app.add_defaults(_defaults)
-app.config_from_object("celeryconfig")
+# The module and not its name: that Celery would look for in the working directory first.
+app.config_from_object(celeryconfig)
 
 
 class _Process:

@@ -7,8 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ferrum.errors import Unavailable
@@ -23,6 +24,18 @@ def tied(command: Sequence[str]) -> list[str]:
     if sys.platform != "linux":
         return list(command)
     return [sys.executable, "-I", "-S", str(_TIED), str(os.getpid()), *command]
+
+
+def findable(environ: Mapping[str, str]) -> dict[str, str]:
+    """What lets an interpreter find a ferrum that runs from a checkout, beside its `PYTHONPATH`; nothing if installed.
+
+    For `python -P`, which does not look where it stands.
+    """
+    home = Path(__file__).resolve().parents[2]
+    installed = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")}
+    if home in installed:
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (environ.get("PYTHONPATH"), str(home))))}
 
 
 def end(process: subprocess.Popen[bytes], by: signal.Signals, patience_s: float) -> int:

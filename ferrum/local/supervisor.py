@@ -24,12 +24,12 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 
 from ferrum.errors import OperatorError, Unavailable
-from ferrum.local.process import end, log_size, make_home, open_log, tail, take_lock, tied
+from ferrum.local.process import end, findable, log_size, make_home, open_log, tail, take_lock, tied
 from ferrum.local.redis import PrivateRedis, alive, answers, place, running
 from ferrum.settings import Settings, read
 
 #: Run with the supervisor's own interpreter.
-WORKER = ("-m", "ferrum.start_worker")
+WORKER = ("-P", "-m", "ferrum.start_worker")
 
 #: How long a worker waits for work where `FERRUM_EXIT_WHEN_IDLE` does not say.
 _IDLE_S = 600.0
@@ -114,7 +114,7 @@ class _Launch:
         self._home = settings.home.absolute()
         make_home(self._home)
         self._worker = worker
-        self._env = {**environ, "FERRUM_HOME": str(self._home)}
+        self._env = {**environ, **findable(environ), "FERRUM_HOME": str(self._home)}
         self._logs = {path: log_size(path) for path in (_worker_log(self._home), _own_log(self._home))}
         #: Of our own; `None` while another holds the lock.
         self.pid: int | None = _start(self._home, self._env, worker)
@@ -157,7 +157,7 @@ def _start(home: Path, env: Mapping[str, str], worker: Sequence[str]) -> int:
     try:
         return os.posix_spawn(
             sys.executable,
-            [sys.executable, "-m", "ferrum.local.supervisor", *worker],
+            [sys.executable, "-P", "-m", "ferrum.local.supervisor", *worker],
             env,
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import sys
-import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import yaml
 from pydantic import JsonValue
 
 from ferrum.errors import Problem, SettingsError, did_you_mean
+from ferrum.local.process import findable
 from ferrum.settings import Settings
 
 #: Where every tool call carries the idempotency key of its step: in the request's `_meta`.
@@ -226,7 +226,7 @@ class _Reader:
         if not module.startswith("ferrum."):
             return sys.executable, ("-m", module), {}
         # -P: a server of ours may be given a stranger's repository as `cwd`, where modules must not be looked for.
-        return sys.executable, ("-P", "-m", module), _home_of_ferrum()
+        return sys.executable, ("-P", "-m", module), findable({})
 
     def _args(self, path: _Path, raw: Any) -> tuple[list[str], set[str]]:
         if raw is None:
@@ -297,10 +297,3 @@ def _near(name: str, environ: Mapping[str, str]) -> str:
     """Like `did_you_mean`, without the list of everything that is in the environment."""
     near = did_you_mean(name, environ)
     return near if near.startswith(" (did") else ""
-
-
-def _home_of_ferrum() -> dict[str, str]:
-    """What lets another interpreter find a ferrum that runs from a checkout; nothing when it is installed."""
-    home = Path(__file__).resolve().parents[2]
-    installed = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")}
-    return {} if home in installed else {"PYTHONPATH": str(home)}

@@ -23,6 +23,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 from mcp.shared.message import SessionMessage
 from mcp_types import jsonrpc_message_adapter
 
+from ferrum.local import here_last
 from ferrum.mcp.specs import ServerSpec
 
 #: How long a server may take to leave after its stdin closed, and again after SIGTERM, in seconds.
@@ -30,6 +31,7 @@ _GRACE = 2.0
 #: A server that writes more than this without a line break is no MCP server, in bytes.
 _LONGEST_MESSAGE = 64 * 2**20
 _CHUNK = 64 * 2**10
+_HERE_LAST = Path(here_last.__file__)
 _POLL = 0.01
 
 _Streams = tuple[MemoryObjectReceiveStream[SessionMessage | Exception], MemoryObjectSendStream[SessionMessage]]
@@ -52,8 +54,7 @@ class Wire:
     async def __aenter__(self) -> _Streams:
         env = {"PATH": os.environ.get("PATH", os.defpath), **self._spec.env}
         self._process = await asyncio.create_subprocess_exec(
-            _program(self._spec.command, env["PATH"]),
-            *self._spec.args,
+            *_command(self._spec, env["PATH"]),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -199,8 +200,18 @@ async def _lines(stream: asyncio.StreamReader, longest: int) -> AsyncIterator[by
         yield b"".join(parts)
 
 
+def _command(spec: ServerSpec, path: str) -> list[str]:
+    """The program of a spec and its arguments; see `ServerSpec.command`.
+
+    What `python -m` runs is looked for in the working directory last: there may be a stranger's `json.py`.
+    """
+    program = _program(spec.command, path)
+    if program == sys.executable and spec.args[:1] == ("-m",):
+        return [program, "-P", str(_HERE_LAST), *spec.args[1:]]
+    return [program, *spec.args]
+
+
 def _program(command: str, path: str) -> str:
-    """Where the program of a spec is; see `ServerSpec.command`."""
     if command in ("python", "python3"):
         return sys.executable
     if os.sep in command:

@@ -40,7 +40,7 @@ class WorkerProcess(CeleryWorkerContainer):  # type: ignore[misc] # pytest-celer
         self._process = self._spawn()
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "ferrum.start_worker", "-l", self.log_level()]
+        command = [sys.executable, "-P", "-m", "ferrum.start_worker", "-l", self.log_level()]
         log = open_log(self._log)
         self._begins = os.fstat(log).st_size
         try:
