@@ -21,6 +21,7 @@ from obstore.store import LocalStore, MemoryStore, from_url
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from ferrum.errors import NotFound, OutputError, SettingsError, Unavailable
+from ferrum.local.home import own
 from ferrum.settings import Settings, redact, settings
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class Artifacts:
     @classmethod
     def of(cls, settings: Settings) -> Artifacts:
         """The store that the settings name; by default a directory under `home`."""
-        return cls(settings.artifacts or (settings.home / "artifacts").absolute().as_uri())
+        return cls(settings.artifacts or (own(settings.home) / "artifacts").as_uri())
 
     def put(self, data: bytes, media_type: str) -> Ref:
         """Store some bytes and return their reference.

@@ -67,9 +67,11 @@ class Settings(BaseModel):
         None, description="Embedder of new indexes that name none: `lexical`, `local`, or a provider's model."
     )
     policy: Path | None = Field(
-        None, description="Policy file; default: `ferrum.policy.yaml` here, else all is denied."
+        None, description="Policy file; default: `ferrum.policy.yaml` here, once it is trusted, else all is denied."
     )
-    servers: Path | None = Field(None, description="MCP servers file; default: `ferrum.servers.yaml` here, if any.")
+    servers: Path | None = Field(
+        None, description="MCP servers file; default: `ferrum.servers.yaml` here, once it is trusted, if any."
+    )
     mcp_servers: str | None = Field(None, description='MCP servers as JSON, `{"mcpServers": {…}}`; wins over the file.')
     model: str | None = Field(
         None, description="Model of `llm` steps that name none; else from the provider's key that is set."

@@ -30,6 +30,7 @@ from preloading import into
 import ferrum
 from ferrum.errors import WorkflowError
 from ferrum.governance import Policy
+from ferrum.local import trust
 from ferrum.local.redis import PrivateRedis
 from ferrum.mcp.specs import load_servers
 from ferrum.models.prices import PriceFile
@@ -285,6 +286,9 @@ def story(server: PrivateRedis, home: Path, told: list[Block]) -> Iterator[Story
             "LOGNAME": "ada",
         }
         fleet = Fleet(server.url, home, environ)
+        for found in trust.find(home):
+            # The worker is there before the page begins.
+            found.trust(home)
         stack.callback(fleet.stop)
         if any(word in block.text for block in told for word in ("ferrum run", "ferrum.submit", "REDIS_URL")):
             fleet.start()

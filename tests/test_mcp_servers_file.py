@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ferrum.errors import SettingsError
+from ferrum.local import trust
 from ferrum.mcp.specs import ServerSpec, load_servers
 from ferrum.settings import Settings
 
@@ -48,9 +49,12 @@ def test_the_file_in_the_working_directory_is_read_when_nothing_else_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert load_servers(Settings(), {}) == {}
+    here = Settings(home=tmp_path / "home")
+    assert load_servers(here, {}) == {}
     Path("ferrum.servers.yaml").write_text("servers: {a: {command: x}}")
-    assert load_servers(Settings(), {}) == {"a": ServerSpec("x")}
+    for found in trust.find(tmp_path):
+        found.trust(here.home)
+    assert load_servers(here, {}) == {"a": ServerSpec("x")}
     assert load_servers(Settings(mcp_servers="{}"), {}) == {}
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ferrum.errors import SettingsError
 from ferrum.governance import Act, Effect, ModelCall, Policy, ToolCall, decide, load_policy
+from ferrum.local import trust
 from ferrum.settings import Settings
 
 #: A busy machine is not a failure.
@@ -198,10 +199,13 @@ def test_the_policy_is_the_file_named_else_the_one_here_else_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert load_policy(Settings()) == Policy()
+    here = Settings(home=tmp_path / "home")
+    assert load_policy(here) == Policy()
     Path("ferrum.policy.yaml").write_text("allow: ['tool:here.*']")
+    for found in trust.find(tmp_path):
+        found.trust(here.home)
     Path("named.yaml").write_text("allow: ['tool:named.*']")
-    assert effect(load_policy(Settings()), tool("here.x")) == "allow"
+    assert effect(load_policy(here), tool("here.x")) == "allow"
     assert effect(load_policy(Settings(policy=Path("named.yaml"))), tool("here.x")) == "deny"
     assert effect(load_policy(Settings(policy=Path("named.yaml"))), tool("named.x")) == "allow"
 

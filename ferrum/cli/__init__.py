@@ -15,7 +15,7 @@ from typing import NoReturn
 import click
 
 from ferrum import __version__
-from ferrum.cli import approvals, artifacts, index, local, runs, sandbox, schedules, workflows
+from ferrum.cli import approvals, artifacts, index, local, runs, sandbox, schedules, trust, workflows
 from ferrum.cli.options import COMPLETED, INTERRUPTED, MISTAKE
 from ferrum.errors import FerrumError
 
@@ -65,5 +65,6 @@ for command in (
     schedules.schedule,
     local.redis,
     local.stub_llm,
+    trust.trust,
 ):
     ferrum.add_command(command)

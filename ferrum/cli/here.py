@@ -42,12 +42,17 @@ class Here:
 
     def ensure(self) -> None:
         """Make sure of both. Raises `Unavailable`."""
+        from ferrum.cli.trust import ask_about_files_here
         from ferrum.local import supervisor
         from ferrum.local.redis import place
         from ferrum.settings import settings
 
         local = supervisor.ensure(
-            settings(), os.environ, need_worker=lambda url: not _worker_beats(url), worker_ready=_worker_beats
+            settings(),
+            os.environ,
+            need_worker=lambda url: not _worker_beats(url),
+            worker_ready=_worker_beats,
+            starting=ask_about_files_here,
         )
         if local.started:
             self._started = local

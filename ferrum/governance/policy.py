@@ -29,10 +29,11 @@ from pydantic import BaseModel, ConfigDict
 
 from ferrum.errors import SettingsError, did_you_mean
 from ferrum.governance.acts import Act, Kind
+from ferrum.local import trust
 from ferrum.settings import Settings
 
-#: Read from the working directory where `FERRUM_POLICY` names no other.
-DEFAULT_FILE: Final = Path("ferrum.policy.yaml")
+#: Read from the working directory, once it is trusted, where `FERRUM_POLICY` names no other.
+DEFAULT_FILE: Final = trust.POLICY
 
 _KINDS: Final = ("tool", "model", "sandbox", "retrieval", "ingest")
 _BEGINNINGS: Final = ", ".join(f"'{kind}:'" for kind in _KINDS[:-1]) + f" or '{_KINDS[-1]}:'"
@@ -153,10 +154,14 @@ class Policy:
 
 
 def load_policy(settings: Settings) -> Policy:
-    """The policy of this process: the file of the settings, else `ferrum.policy.yaml` here, else the empty one."""
+    """The policy of this process: the file of the settings, else `ferrum.policy.yaml` here, else the empty one.
+
+    Raises `SettingsError`, also for the file here where nobody has trusted it (`ferrum trust`).
+    """
     if settings.policy is not None:
         return Policy.load(settings.policy.expanduser())
-    return Policy.load(DEFAULT_FILE) if DEFAULT_FILE.exists() else Policy()
+    text = trust.read_trusted(DEFAULT_FILE, settings)
+    return Policy() if text is None else Policy.parse(text)
 
 
 _SAYS: Final = {Effect.DENY: "is denied", Effect.ASK: "needs a person's yes", Effect.ALLOW: "is allowed"}

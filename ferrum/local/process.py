@@ -12,8 +12,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ferrum.errors import Unavailable
-
 _TIED = Path(__file__).with_name("tied.py")
 _TAIL_BYTES = 2_000
 _LOG_MAX_BYTES = 10_000_000
@@ -87,13 +85,3 @@ def open_log(path: Path) -> int:
     if log_size(path) > _LOG_MAX_BYTES:
         path.replace(path.with_name(f"{path.name}.1"))
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-
-
-def make_home(home: Path) -> None:
-    """Make the directory that a private Redis lives in. Raises `Unavailable`."""
-    try:
-        home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise Unavailable(
-            f"the directory {str(home)!r} cannot be made: {error.strerror}; name another one with FERRUM_HOME"
-        ) from error

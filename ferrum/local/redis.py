@@ -34,7 +34,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from ferrum.errors import Unavailable
-from ferrum.local.process import end, log_size, make_home, open_log, tail, take_lock, tied
+from ferrum.local.home import own, read_own
+from ferrum.local.process import end, log_size, open_log, tail, take_lock, tied
 
 #: A socket's path is limited to 108 bytes on Linux and 104 on macOS, the closing zero included.
 _SOCKET_PATH_MAX = 100
@@ -204,7 +205,7 @@ class PrivateRedis:
     def _spawn(self, server: Server) -> subprocess.Popen[bytes]:
         data = self.directory / "redis" / server.name
         for directory in (self.directory, data.parent, data):
-            make_home(directory)
+            own(directory, make=True)
         # Patience, as others hold the lock for the moment in which they look whether it is free.
         lock = take_lock(_lock_file(self.directory), patience_s=0.5)
         if lock is None:
@@ -278,9 +279,10 @@ def celery_url(url: str) -> str:
 def running(home: Path) -> str | None:
     """The URL of the private Redis that runs in `home`, or `None`.
 
-    It is asked, not believed: what a server that was killed has left behind is removed.
+    It is asked, not believed: what a server that was killed has left behind is removed. Raises `Unavailable` for a home
+    that others may have written.
     """
-    home = home.absolute()
+    home = own(home)
     state = _state_file(home)
     url = _read_state(state).get("url")
     if not isinstance(url, str):
@@ -296,7 +298,7 @@ def running(home: Path) -> str | None:
 
 def alive(home: Path) -> bool:
     """Whether the private Redis of `home` runs, even if it is too busy to answer."""
-    if (lock := take_lock(_lock_file(home.absolute()))) is None:
+    if (lock := take_lock(_lock_file(own(home)))) is None:
         return True
     os.close(lock)
     return False
@@ -378,7 +380,7 @@ def _own_directory(directory: Path) -> None:
 def _password(path: Path) -> str:
     if not path.exists():
         _write_private(path, secrets.token_urlsafe(24))
-    return path.read_text()
+    return (read_own(path) or b"").decode()
 
 
 def _state_file(home: Path) -> Path:
@@ -391,8 +393,8 @@ def _lock_file(home: Path) -> Path:
 
 def _read_state(path: Path) -> dict[str, object]:
     try:
-        state = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        state = json.loads(read_own(path) or b"")
+    except ValueError:
         return {}
     return state if isinstance(state, dict) else {}
 

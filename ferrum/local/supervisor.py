@@ -24,7 +24,8 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 
 from ferrum.errors import OperatorError, Unavailable
-from ferrum.local.process import end, findable, log_size, make_home, open_log, tail, take_lock, tied
+from ferrum.local.home import own
+from ferrum.local.process import end, findable, log_size, open_log, tail, take_lock, tied
 from ferrum.local.redis import PrivateRedis, alive, answers, place, running
 from ferrum.settings import Settings, read
 
@@ -77,13 +78,15 @@ def ensure(
     *,
     need_worker: Callable[[str], bool],
     worker_ready: Callable[[str], bool],
+    starting: Callable[[], None] = lambda: None,
     worker: Sequence[str] = WORKER,
     timeout_s: float = 60.0,
 ) -> Local:
     """Make sure of a private Redis and, where `need_worker(url)`, of a worker; returns when both are there.
 
     The worker gets this process's directory and `environ`. Both questions may raise `Unavailable`: a Redis that has
-    just answered can be on its way out, with a supervisor that had nothing left to do. Of a Redis that settings name it
+    just answered can be on its way out, with a supervisor that had nothing left to do. `starting` is called before
+    anything is started, and may raise to prevent it. Of a Redis that settings name it
     makes sure that it answers, asks nothing and starts nothing. Raises `Unavailable` where that does not answer, and,
     with what the logs say, where one of the two does not come up.
     """
@@ -92,6 +95,7 @@ def ensure(
     url = running(settings.home)
     if url is not None and _says(need_worker, url) is False:
         return Local(url)
+    starting()
     launch = _Launch(settings, environ, worker)
     try:
         deadline = time.monotonic() + timeout_s
@@ -111,8 +115,7 @@ class _Launch:
     """A supervisor that is coming up: ours, or one that another process has started a moment before."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str], worker: Sequence[str]) -> None:
-        self._home = settings.home.absolute()
-        make_home(self._home)
+        self._home = own(settings.home, make=True)
         self._worker = worker
         self._env = {**environ, **findable(environ), "FERRUM_HOME": str(self._home)}
         self._logs = {path: log_size(path) for path in (_worker_log(self._home), _own_log(self._home))}
@@ -308,7 +311,7 @@ def main(worker: Sequence[str]) -> int:
     """Supervise until there is nothing left to do; the exit code, 75 if this home has a supervisor already."""
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     settings = read(os.environ)
-    make_home(settings.home)
+    own(settings.home, make=True)
     lock = take_lock(_lock_file(settings.home))
     if lock is None:
         return _TAKEN

@@ -16,13 +16,13 @@ import yaml
 from pydantic import JsonValue
 
 from ferrum.errors import Problem, SettingsError, did_you_mean
+from ferrum.local import trust
 from ferrum.local.process import findable
 from ferrum.settings import Settings
 
 #: Where every tool call carries the idempotency key of its step: in the request's `_meta`.
 IDEMPOTENCY_KEY = "ferrum/idempotency_key"
 
-_DEFAULT_FILE = Path("ferrum.servers.yaml")
 _TOP = ("servers", "mcpServers")
 _KEYS = ("command", "module", "args", "env", "cwd", "timeout", "start_timeout", "type")
 _NAME = re.compile(r"[a-z0-9_-]+")
@@ -78,21 +78,21 @@ def load_servers(settings: Settings, environ: Mapping[str, str]) -> Mapping[str,
     """The servers that an operator configured, by name.
 
     Read from `settings.mcp_servers`, else the file `settings.servers`, else `ferrum.servers.yaml` in the working
-    directory, else there are none. `${NAME}` in an argument or in a value of `env` is replaced from `environ`;
-    `$${` stands for `${`.
+    directory, once it is trusted (`ferrum trust`), else there are none. `${NAME}` in an argument or in a value of `env`
+    is replaced from `environ`; `$${` stands for `${`.
 
     Raises `SettingsError` that says everything that is wrong, each with its line.
     """
     if settings.mcp_servers is not None:
         return _parse(settings.mcp_servers, "FERRUM_MCP_SERVERS", environ, bare=True)
-    if settings.servers is None and not _DEFAULT_FILE.exists():
-        return MappingProxyType({})
-    path = settings.servers or _DEFAULT_FILE
+    if settings.servers is None:
+        here = trust.read_trusted(trust.SERVERS, settings)
+        return MappingProxyType({}) if here is None else _parse(here, str(trust.SERVERS), environ, bare=False)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = settings.servers.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: the servers file cannot be read: {error}") from error
-    return _parse(text, str(path), environ, bare=False)
+        raise SettingsError(f"{settings.servers}: the servers file cannot be read: {error}") from error
+    return _parse(text, str(settings.servers), environ, bare=False)
 
 
 def _parse(text: str, source: str, environ: Mapping[str, str], *, bare: bool) -> Mapping[str, ServerSpec]:

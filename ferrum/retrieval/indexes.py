@@ -19,6 +19,7 @@ from ulid import ULID
 
 from ferrum.errors import Conflict, InputError, NotFound, SettingsError, Unavailable
 from ferrum.governance.acts import Ingest, IngestReply, NewDocument, NotTaken, Search, SearchReply
+from ferrum.local.home import own
 from ferrum.retrieval import embedders
 from ferrum.retrieval import search as searching
 from ferrum.retrieval.cutting import FEWEST, MAX_CHARS, MOST, cut
@@ -223,7 +224,7 @@ def _from(prune: Collection[str]) -> Callable[[Source], bool]:
 def open_store(settings: Settings) -> Store:
     """The store of `FERRUM_INDEXES`. Raises `SettingsError`."""
     if settings.indexes is None:
-        return _directory(settings.home / "indexes")
+        return _directory(own(settings.home) / "indexes")
     url = settings.indexes.get_secret_value()
     parts = urlsplit(url)
     match parts.scheme:

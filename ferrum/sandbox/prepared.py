@@ -33,6 +33,7 @@ from packaging.utils import canonicalize_name
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ferrum.errors import AuthorError, NotFound, Unavailable, did_you_mean
+from ferrum.local.home import own
 from ferrum.sandbox.runtimes import BASIC, Runtime, basic
 from ferrum.settings import Settings, redact
 
@@ -140,7 +141,7 @@ Trial = Callable[[Runtime, str], Mapping[str, bytes]]
 
 def place(settings: Settings) -> Path:
     """Where this Python's runtimes are. An extension module built for another cannot be loaded."""
-    top = settings.runtimes or settings.home / "runtimes"
+    top = settings.runtimes or own(settings.home) / "runtimes"
     return top.absolute() / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}-{_FORMAT}"
 
 

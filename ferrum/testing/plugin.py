@@ -74,19 +74,23 @@ def _ferrum_settings(
     tmp_path: Path,
 ) -> Iterator[None]:
     """The settings of a test: what its fixtures say, and nothing of the machine's."""
+    from ferrum.local.trust import SERVERS
     from ferrum.testing.environment import environment, nothing_of_the_machine
 
     policy = ferrum_policy
     if not isinstance(policy, Path):
         policy = tmp_path / "test.policy.yaml"
         policy.write_text(json.dumps(ferrum_policy), encoding="utf-8")
-    given = {
+    given: dict[str, str | None] = {
         "FERRUM_HOME": str(tmp_path / "ferrum"),
         "FERRUM_POLICY": str(policy),
         "FERRUM_IMPORTS": ",".join(ferrum_imports),
         # A test that calls no model does not pay for one, and one that does pays no more.
         "FERRUM_WARM": "false",
     }
+    if SERVERS.exists():
+        # Named, so that no one has to trust it: who runs the tests of a directory runs what is in it anyway.
+        given["FERRUM_SERVERS"] = str(SERVERS.absolute())
     with environment({**nothing_of_the_machine(), **given, **ferrum_environ}):
         yield
 
