@@ -25,6 +25,7 @@ from ferrum import cli
 from ferrum.cli.inputs import read_inputs
 from ferrum.errors import InputError
 from ferrum.local.redis import PrivateRedis
+from ferrum.plan import Plan
 from ferrum.results import RunStatus
 from ferrum.testing.environment import environment
 from ferrum.workflow import Workflow
@@ -77,11 +78,35 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
 
 
 def test_every_example_of_a_workflow_can_be_planned(ran: Run) -> None:
-    files = [file for file in EXAMPLES.glob("*.yaml") if "steps" in (yaml.safe_load(file.read_text()) or {})]
-    assert files
-    for file in files:
+    for file in _workflows():
         status, out, _ = ran("plan", file)
         assert (status, out.partition(" ")[0]) == (0, Workflow.load(file).name)
+
+
+def test_every_example_of_a_workflow_can_be_planned_as_json(ran: Run) -> None:
+    for file in _workflows():
+        status, out, error = ran("plan", file, "--json")
+        assert (status, error) == (0, "")
+        said, planned = json.loads(out), Plan(Workflow.load(file))
+        assert {step["id"] for step in said["steps"]} == planned.steps.keys()
+        segments = {(one["frame"], one["id"]) for one in said["segments"]}
+        assert segments == {(body.frame, one.id) for body in planned.bodies.values() for one in body.segments}
+        for step in said["steps"]:
+            whens = planned.steps[step["id"]].when
+            assert step["when"] == (whens and whens.source)
+            assert step["segment"] is not None or planned.steps[step["id"]].undoes
+
+
+def _workflows() -> list[Path]:
+    files = [file for file in EXAMPLES.glob("*.yaml") if "steps" in (yaml.safe_load(file.read_text()) or {})]
+    assert files
+    return files
+
+
+def test_every_option_of_plan_is_tried_on_the_examples() -> None:
+    from ferrum.cli.workflows import plan
+
+    assert {option for one in plan.params for option in one.opts if option.startswith("-")} == {"--json"}
 
 
 def test_every_other_example_is_what_its_name_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +135,7 @@ def test_a_plan_as_json_says_which_edges_are_canvas_and_which_are_joins(ran: Run
     assert status == 0
     assert [(step["id"], step["needs"]) for step in plan["steps"]] == [("a", []), ("b", ["a"]), ("c", ["a", "b"])]
     assert plan["segments"] == [
-        {"id": "s0", "canvas": "chain(a, b, c)", "heads": ["a"], "steps": ["a", "b", "c"]},
+        {"frame": "", "id": "s0", "canvas": "chain(a, b, c)", "heads": ["a"], "steps": ["a", "b", "c"]},
     ]
     assert plan["edges"] == {"canvas": [["a", "b"], ["b", "c"]], "record": [["a", "c"]]}
 

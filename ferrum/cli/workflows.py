@@ -36,6 +36,10 @@ def _plan_value(planned: Plan) -> Mapping[str, object]:
 
     carried, joined = edges(planned)
     workflow = planned.workflow
+    bodies = planned.bodies.values()
+    segments = {
+        body.steps[name]: segment.id for body in bodies for segment in body.segments for name in segment.steps
+    }
     return {
         "name": workflow.name,
         "version": workflow.version,
@@ -46,15 +50,18 @@ def _plan_value(planned: Plan) -> Mapping[str, object]:
                 "type": step.type.name,
                 "queue": step.type.queue,
                 "needs": step.needs,
-                "when": workflow.steps[step.id].when,
+                "when": step.spec.when if step.when else None,
                 "max_attempts": step.retry.max_attempts,
                 "timeout_s": step.timeout_s,
-                "segment": planned.segment_of[step.id].id,
+                # What undoes a step is sent on its own.
+                "segment": segments.get(step.id),
             }
             for step in planned.steps.values()
         ],
         "segments": [
-            {"id": one.id, "canvas": str(one), "heads": one.heads, "steps": [*one.steps]} for one in planned.segments
+            {"frame": body.frame, "id": one.id, "canvas": str(one), "heads": one.heads, "steps": [*one.steps]}
+            for body in bodies
+            for one in body.segments
         ],
         "edges": {"canvas": carried, "record": joined},
     }
