@@ -9,30 +9,19 @@ cel-go's strings, math and lists libraries that `FUNCTIONS` names.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from types import ModuleType
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from pydantic import JsonValue
 
+from ferrum import sameness
 from ferrum.errors import ExpressionError, did_you_mean
-
-# The package imports its interactive command line, prompt_toolkit and all: fifteen times as long as the rest of it.
-_COMMAND_LINE: Final = ModuleType("cel.cli")
-sys.modules.setdefault("cel.cli", _COMMAND_LINE)
-import cel  # noqa: E402
-from cel.stdlib import STDLIB_FUNCTIONS  # noqa: E402
-
-if sys.modules["cel.cli"] is _COMMAND_LINE:
-    del sys.modules["cel.cli"]
-# It warns of each error of a function, which is raised as well.
-logging.getLogger("cel").setLevel(logging.CRITICAL)
+from ferrum.evaluation import FAILURES, Exceeded, Function, Limits, Program, Token, Type, Uint, Undefined, Work
+from ferrum.patterns import STDLIB, compile_cel
 
 #: How an author reaches a value: `("classify", "kind")`; `*` stands for any item of a list.
 Path: TypeAlias = tuple[str, ...]
@@ -50,8 +39,11 @@ MAX_DATA_NESTING: Final = 100
 MAX_TEXT: Final = 10_000_000
 #: Most items that the macros of one expression (`map`, `all`, …) may go over in all.
 MAX_ITEMS: Final = 500_000
-#: Largest list that a macro may build, in characters; an item counts as 32 more.
+#: Most that an expression may build and give, in characters; an item of a list counts as 32 more.
 MAX_LIST: Final = 50_000_000
+#: Most steps of an expression: operations in its macros, items that are compared, 64 characters that are read. About a
+#: second of a processor, in which the other threads of the worker run too.
+MAX_STEPS: Final = 10_000_000
 
 
 def _words(text: str) -> frozenset[str]:
@@ -79,38 +71,114 @@ _LIBRARY: Final = _words(
 RESERVED_NAMES: Final = _RESERVED | _KEYWORDS | _TYPES | _BINDING | _NATIVE | {"cel", "math", "optional"}
 
 
-def _string(value: object) -> str:
-    return _as_text(_to_json(value))
+def _string(work: Work, value: object) -> str:
+    if not isinstance(value, str):
+        work.written(value)
+    text = _as_text(_to_json(value))
+    work.text(len(text))
+    return text
 
 
-def _replace(text: str, old: str, new: str, limit: int = -1) -> str:
+def _replace(work: Work, text: str, old: str, new: str, limit: int = -1) -> str:
     count = text.count(old) if limit < 0 else min(limit, text.count(old))
-    if len(text) + count * (len(new) - len(old)) > MAX_TEXT:
-        raise ValueError(f"the text would be longer than {MAX_TEXT} characters")
+    work.text(len(text) + count * (len(new) - len(old)))
     return text.replace(old, new, limit)
 
 
-def _join(items: list[str], separator: str = "") -> str:
-    if sum(map(len, items)) + len(separator) * len(items) > MAX_TEXT:
-        raise ValueError(f"the text would be longer than {MAX_TEXT} characters")
+def _join(work: Work, items: list[str], separator: str = "") -> str:
+    work.text(sum(map(len, items)) + len(separator) * len(items))
     return separator.join(items)
 
 
-def _distinct(items: list[Any]) -> list[Any]:
+def _split(work: Work, text: str, separator: str, limit: int = -1) -> list[str]:
+    pieces = text.count(separator) + 1 if separator else len(text)
+    work.grown(pieces if limit < 0 else min(limit, pieces))
+    split: Callable[..., list[str]] = STDLIB["split"]
+    return split(text, separator, limit)
+
+
+def _distinct(work: Work, items: list[Any]) -> list[Any]:
     # The library's own looks through all that it has for each item.
     seen: dict[object, Any] = {}
     for item in items:
-        seen.setdefault(json.dumps(item, sort_keys=True) if isinstance(item, list | dict) else item, item)
+        seen.setdefault(sameness.key(item, work.spend), item)
     return list(seen.values())
 
 
+def _flatten(work: Work, items: list[Any], depth: int = 1) -> list[Any]:
+    if depth < 0:
+        raise ValueError("flatten() takes a depth of 0 or more")
+    built: list[Any] = []
+    for item in items:
+        if isinstance(item, list) and depth:
+            work.grown(len(item))
+            built += _flatten(work, item, depth - 1)
+        else:
+            built.append(item)
+    return built
+
+
+_LOWER: Final = {letter: letter + 32 for letter in range(ord("A"), ord("Z") + 1)}
+_UPPER: Final = {small: letter for letter, small in _LOWER.items()}
+
+
+def _lower_ascii(work: Work, text: str) -> str:
+    return text.translate(_LOWER)
+
+
+def _upper_ascii(work: Work, text: str) -> str:
+    return text.translate(_UPPER)
+
+
+#: They compare items, and those of lists of lists could be compared for ever.
+_COMPARING: Final = _words("sort max min math.greatest math.least")
+
+
+def _library(name: str, function: Function) -> Function:
+    """A function of `cel.stdlib`, or one of ours instead, within bounds and with its errors in our words."""
+
+    def call(work: Work, *arguments: Any) -> Any:
+        _read(work, arguments, name)
+        try:
+            value = function(work, *arguments) if function.__module__ == __name__ else function(*arguments)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{name}(): {error}") from error
+        if isinstance(value, list):
+            work.grown(len(value))
+        elif type(value) is int and not -(2**63) <= value < 2**63:
+            raise OverflowError(f"{name}() gives {value}, which does not fit 64 bits")
+        return value
+
+    return call
+
+
+def _read(work: Work, arguments: Iterable[Any], name: str) -> None:
+    for argument in arguments:
+        if isinstance(argument, str):
+            work.spend(len(argument) >> 6)
+        elif isinstance(argument, list):
+            work.spend(len(argument))
+            if name in _COMPARING:
+                _read_compared(work, argument, name)
+
+
+def _read_compared(work: Work, items: list[Any], name: str) -> None:
+    if any(isinstance(item, list | dict) for item in items):
+        raise TypeError(f"{name}() does not compare lists and objects")
+    work.spend(sum(len(item) >> 6 for item in items if isinstance(item, str)) * len(items).bit_length())
+
+
 #: What an expression may call besides the functions of CEL itself.
-FUNCTIONS: Final[Mapping[str, Callable[..., Any]]] = {
-    **{name: STDLIB_FUNCTIONS[name] for name in _LIBRARY},
-    "string": _string,
-    "replace": _replace,
-    "join": _join,
-    "distinct": _distinct,
+FUNCTIONS: Final[Mapping[str, Function]] = {
+    **{name: _library(name, STDLIB[name]) for name in _LIBRARY},
+    "string": _library("string", _string),
+    "replace": _library("replace", _replace),
+    "join": _library("join", _join),
+    "split": _library("split", _split),
+    "distinct": _library("distinct", _distinct),
+    "flatten": _library("flatten", _flatten),
+    "lowerAscii": _library("lowerAscii", _lower_ascii),
+    "upperAscii": _library("upperAscii", _upper_ascii),
 }
 
 
@@ -328,81 +396,6 @@ def _as_text(value: JsonValue) -> str:
 
 # Expressions
 
-#: Items that `map` and `filter` go over at a time.
-_PART: Final = 16
-
-
-class _Work:
-    """What the macros of one evaluation have done, and the functions that keep it within bounds.
-
-    An expression is evaluated in one call that nothing interrupts, so one that goes over too much has to stop itself,
-    and has to let the other threads of the worker run meanwhile, as each call of a function does. The library's `map`
-    and `filter` copy all that they have with each item: a list of 100,000 would take minutes. So they are given a
-    list in parts, and what comes of those is kept here: `list.map(x, f)` is compiled as
-    `list.__parts(1).all(part, __keep(1, part.map(x, f))).__kept(1)`, where 1 says which macro it is.
-    """
-
-    def __init__(self) -> None:
-        self._items = 0
-        self._built: dict[int, list[Any]] = {}
-        #: Why it was stopped; `None` if it was not. `all` and `exists` go on over an error, and may come to a value.
-        self.refused: str | None = None
-        self.functions: Mapping[str, Callable[..., Any]] = {
-            "__counted": self._counted,
-            "__parts": self._parts,
-            "__keep": self._keep,
-            "__kept": self._kept,
-        }
-
-    def _counted(self, value: Any) -> Any:
-        if isinstance(value, list | dict):
-            self._items += len(value)
-            if self._items > MAX_ITEMS:
-                self._refuse(f"it goes over more than {MAX_ITEMS} items in all")
-        return value
-
-    def _parts(self, value: Any, macro: int) -> Any:
-        value = self._counted(value)
-        if not isinstance(value, list | dict):
-            # The library says what is wrong with it.
-            return value
-        self._built[macro] = []
-        items = list(value)
-        return [items[start : start + _PART] for start in range(0, len(items), _PART)]
-
-    def _keep(self, macro: int, items: list[Any]) -> bool:
-        self._built[macro] += items
-        return True
-
-    def _kept(self, _: bool, macro: int) -> list[Any]:
-        built = self._built.pop(macro)
-        if _outgrows(built, MAX_LIST):
-            self._refuse(f"it builds a list of more than {MAX_LIST} characters")
-        return built
-
-    def _refuse(self, reason: str) -> None:
-        self.refused = reason
-        raise ValueError(reason)
-
-
-def _outgrows(value: object, most: int) -> bool:
-    left, todo = most, [value]
-    while todo and left >= 0:
-        match todo.pop():
-            case str() as text:
-                left -= len(text)
-            case list() as items:
-                left -= 32 * len(items)
-                todo += items
-            case dict() as fields:
-                left -= 32 * len(fields)
-                todo += fields.values()
-    return left < 0
-
-
-#: Which parts of the scope an expression looks at: a name maps to what is looked at below it, `None` to all of it.
-_View: TypeAlias = "dict[str, _View | None]"
-
 
 @dataclass(frozen=True, slots=True)
 class _Expression:
@@ -410,31 +403,23 @@ class _Expression:
 
     #: As the author wrote it.
     text: str
-    program: cel.Program
+    program: Program
     paths: frozenset[Path]
     #: Set where the whole text is one path: looked up here, so that values of any size and depth pass untouched.
     plain: Path | None
-    functions: Mapping[str, Callable[..., Any]]
-    view: _View
-    #: Whether it has macros, whose work is measured.
-    measured: bool
 
     def evaluate(self, scope: Mapping[str, JsonValue]) -> JsonValue:
         if self.plain:
             return self._lookup(self.plain, scope)
-        seen = self._visible(scope)
-        work = _Work()
         try:
-            functions = {**self.functions, **work.functions} if self.measured else dict(self.functions)
-            value = self.program.execute(cel.Context(seen, functions))
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise self.error(work.refused or self._explain(error, scope)) from error
-        if work.refused:
-            raise self.error(work.refused)
-        try:
+            value = self.program.run(scope, Limits(MAX_ITEMS, MAX_LIST, MAX_TEXT, MAX_STEPS))
             return _to_json(value)
-        except ValueError as error:
+        except FAILURES as error:
+            raise self.error(self._explain(error, scope)) from error
+        except Exceeded as error:
             raise self.error(str(error)) from error
+        except RecursionError as error:
+            raise self.error(f"a value is {_TOO_DEEP}") from error
 
     def error(self, reason: str) -> ExpressionError:
         return ExpressionError(f"in {_shown(self.text)}: {reason}")
@@ -450,30 +435,20 @@ class _Expression:
             raise self.error("the value is not a finite number")
         return value
 
-    def _visible(self, scope: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-        seen = {name: _narrow(scope[name], below) for name, below in self.view.items() if name in scope}
-        for name, value in seen.items():
-            if reason := _not_for_cel(value):
-                raise self.error(f"{name!r} {reason}")
-        return seen
-
     def _explain(self, error: Exception, scope: Mapping[str, JsonValue]) -> str:
-        """Why CEL failed, in the author's names where they can be told."""
+        """Why it failed, in the author's names where they can be told."""
+        if isinstance(error, Undefined):
+            name = str(error)
+            return _missing((name,), scope) or f"{name!r} is not there"
         if isinstance(error, KeyError):
             key = str(error.args[0])
             reasons = [_missing(path, scope) for path in sorted(self.paths) if key in path]
             return next((reason for reason in reasons if reason), f"no {key!r}")
-        text = str(error)
-        if unknown := re.match(r"Undefined variable or function: '(.*?)'", text):
-            name = unknown[1]
-            if name in self.view:
-                return _missing((name,), scope) or f"{name!r} is not there"
-            return f"{name}() does not take these values, or not so many"
         if isinstance(error, TypeError):
             reasons = [_missing(path, scope) for path in sorted(self.paths)]
             if reason := next((reason for reason in reasons if reason and "so it has no" in reason), None):
                 return reason
-        return _plainly(text)
+        return str(error)
 
 
 def _missing(path: Path, scope: Mapping[str, JsonValue]) -> str | None:
@@ -515,59 +490,60 @@ def _kind(value: JsonValue) -> str:
     return "an object"
 
 
-def _plainly(text: str) -> str:
-    """The library's message without its advice to callers of the library."""
-    text = re.split(r"\. (?:CEL|Check|Convert|The value)\b", text)[0].removesuffix(".")
-    text = text.replace("Python function call failed: ", "")
-    if text.startswith("No such overload"):
-        text = "the types do not fit"
-    elif not text.startswith(("Unsupported operation", "Cannot mix")):
-        return " ".join(text.split())
-    return f"{text}; nothing is converted by itself: use int(x), double(x) or string(x)"
+_TOO_DEEP: Final = f"nested deeper than {MAX_DATA_NESTING} levels; only a plain path can pass it on"
 
 
-def _narrow(value: JsonValue, view: _View | None) -> JsonValue:
-    """Only what is looked at, since the library copies all that it is given."""
-    if view is None or not isinstance(value, dict):
-        return value
-    return {name: _narrow(value[name], below) for name, below in view.items() if name in value}
-
-
-def _not_for_cel(value: JsonValue) -> str | None:
-    """Why CEL cannot compute with a value, or nothing."""
-    level: list[JsonValue] = [value]
+def _to_json(value: Any) -> JsonValue:
+    """What an expression came to, as JSON. Raises `ValueError` for what JSON cannot say."""
+    level: list[Any] = [value]
+    known = True
     for _ in range(MAX_DATA_NESTING):
-        below: list[JsonValue] = []
+        below: list[Any] = []
         for item in level:
-            if isinstance(item, dict):
-                below.extend(item.values())
-            elif isinstance(item, list):
-                below.extend(item)
-            elif type(item) is int and not -(2**63) <= item < 2**63:
-                return f"holds {item}, which does not fit 64 bits; only a plain path can pass it on"
+            if isinstance(item, list):
+                below += item
+            elif isinstance(item, dict):
+                known = known and all(isinstance(key, str) for key in item)
+                below += item.values()
+            elif item is not None and type(item) not in (str, bool, int):
+                known = _is_json(item) and known
         if not below:
-            return None
+            return value if known else _converted(value)
         level = below
-    return f"is nested deeper than {MAX_DATA_NESTING} levels; only a plain path can pass it on"
+    raise ValueError(f"the result is {_TOO_DEEP}")
 
 
-def _to_json(value: object) -> JsonValue:
-    """What CEL returned, as JSON. Raises `ValueError` for what JSON cannot say."""
+def _is_json(value: object) -> bool:
+    """Whether a scalar is JSON as it stands. Raises `ValueError` for one that JSON has nothing for."""
     match value:
-        case None | bool() | str() | int():
-            return value
+        case Uint() | Type():
+            return False
         case float():
             if not math.isfinite(value):
                 raise ValueError("the result is not a finite number")
-            return value
+        case str() | int():
+            pass
+        case _:
+            kind = type(value).__name__
+            raise ValueError(f"the result is a {kind}, which JSON cannot hold; string(…) makes a text of it")
+    return True
+
+
+def _converted(value: Any) -> JsonValue:
+    match value:
+        case Uint():
+            return int(value)
+        case Type():
+            return str(value)
         case list():
-            return [_to_json(item) for item in value]
+            return [_converted(item) for item in value]
         case dict():
             for key in value:
                 if not isinstance(key, str):
-                    raise ValueError(f"the result has a key {key!r} that is not text")
-            return {key: _to_json(item) for key, item in value.items()}
-    raise ValueError(f"the result is a {type(value).__name__}, which JSON cannot hold; string(…) makes a text of it")
+                    shown = key[1] if isinstance(key, tuple) else key
+                    raise ValueError(f"the result has a key {shown!r} that is not text")
+            return {key: _converted(item) for key, item in value.items()}
+    return value  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=4096)
@@ -578,40 +554,17 @@ def _expression(text: str) -> _Expression:
     if nesting > MAX_NESTING:
         raise ExpressionError(f"in {_shown(text)}: nested deeper than {MAX_NESTING} levels")
     found = _scan(text, expanded)
-    written = _measured(expanded)
-    source = text if len(written) == len(tokens) else " ".join(token.text for token in written)
+    source = text if len(expanded) == len(tokens) else " ".join(token.text for token in expanded)
     try:
-        program = cel.compile(source)
+        # CEL's own parser says what an expression is.
+        compile_cel(source)
     except ValueError as error:
         raise ExpressionError(f"in {_shown(text)}: {_syntax(str(error), source == text)}") from error
-    return _Expression(
-        text=text,
-        program=program,
-        paths=frozenset(found.paths),
-        plain=_plain_path(expanded),
-        functions={name: FUNCTIONS[name] for name in found.functions if name in FUNCTIONS},
-        view=_view(found.paths),
-        measured=len(written) > len(expanded),
-    )
+    program = Program.of(expanded, {name: FUNCTIONS[name] for name in found.functions if name in FUNCTIONS})
+    return _Expression(text=text, program=program, paths=frozenset(found.paths), plain=_plain_path(expanded))
 
 
-def _view(paths: Iterable[Path]) -> _View:
-    view: _View = {}
-    # Longest first, so that a shorter path, which asks for all below it, has the last word.
-    for path in sorted(paths, key=len, reverse=True):
-        fields = path[: path.index("*")] if "*" in path else path
-        below = view
-        for name in fields[:-1]:
-            step = below.setdefault(name, {})
-            if step is None:
-                break
-            below = step
-        else:
-            below[fields[-1]] = None
-    return view
-
-
-def _plain_path(tokens: list[_Token]) -> Path | None:
+def _plain_path(tokens: list[Token]) -> Path | None:
     names, dots = tokens[::2], tokens[1::2]
     if len(tokens) % 2 == 0 or any(token.text != "." for token in dots) or any(token.kind != "name" for token in names):
         return None
@@ -641,12 +594,6 @@ def _shown(text: str) -> str:
 # Tokens: as much of CEL's grammar as it takes to see where an expression ends and what it refers to
 
 
-class _Token(NamedTuple):
-    kind: str
-    text: str
-    start: int
-
-
 _LEXER: Final = re.compile(
     r"""
       (?P<space>   \s+ | //[^\n]* )
@@ -661,7 +608,7 @@ _LEXER: Final = re.compile(
 )
 
 
-def _tokens(text: str, start: int = 0) -> Iterator[_Token]:
+def _tokens(text: str, start: int = 0) -> Iterator[Token]:
     """The tokens from `start` on, blanks and comments left out. Raises `ExpressionError` for an open text literal."""
     for match in _LEXER.finditer(text, start):
         kind = str(match.lastgroup)
@@ -669,10 +616,10 @@ def _tokens(text: str, start: int = 0) -> Iterator[_Token]:
             continue
         if kind == "sign" and match[0] in "\"'":
             raise ExpressionError(f"in {_shown(text[start:])}: a text starts with {match[0]} and never ends")
-        yield _Token(kind, match[0], match.start())
+        yield Token(kind, match[0], match.start())
 
 
-def _checked(text: str) -> list[_Token]:
+def _checked(text: str) -> list[Token]:
     if len(text) > MAX_LENGTH:
         raise ExpressionError(f"in {_shown(text)}: longer than {MAX_LENGTH} characters")
     tokens = list(_tokens(text))
@@ -683,7 +630,7 @@ def _checked(text: str) -> list[_Token]:
     return tokens
 
 
-def _nesting(tokens: list[_Token]) -> int:
+def _nesting(tokens: list[Token]) -> int:
     opened: list[int] = []
     deepest = 0
     for position, token in enumerate(tokens):
@@ -695,9 +642,9 @@ def _nesting(tokens: list[_Token]) -> int:
     return deepest + sum(token.text == "?" for token in tokens)
 
 
-def _expand(text: str, tokens: list[_Token]) -> list[_Token]:
+def _expand(text: str, tokens: list[Token]) -> list[Token]:
     """`list[*].x` written as `list.map(item, item.x)`."""
-    expanded: list[_Token] = []
+    expanded: list[Token] = []
     position = 0
     while position < len(tokens):
         if not _is_star(tokens, position):
@@ -711,7 +658,7 @@ def _expand(text: str, tokens: list[_Token]) -> list[_Token]:
     return expanded
 
 
-def _expand_star(text: str, tokens: list[_Token], position: int, expanded: list[_Token]) -> int:
+def _expand_star(text: str, tokens: list[Token], position: int, expanded: list[Token]) -> int:
     """Append the map that the star at `position` stands for; where to go on."""
     opened = 0
     while position < len(tokens):
@@ -730,28 +677,11 @@ def _expand_star(text: str, tokens: list[_Token], position: int, expanded: list[
             position = end + 1
         else:
             break
-    expanded += [_Token("sign", ")", 0)] * opened
+    expanded += [Token("sign", ")", 0)] * opened
     return position
 
 
-def _measured(tokens: list[_Token]) -> list[_Token]:
-    """The macros of an expression with what bounds their work: see `_Work`."""
-    written: list[_Token] = []
-    closing: dict[int, Iterable[_Token]] = {}
-    for position, token in enumerate(tokens):
-        if _is_macro(tokens, position) and token.text in ("map", "filter"):
-            part = f"__part{position}"
-            written += _tokens(f"__parts({position}).all({part}, __keep({position}, {part}.{token.text}")
-            closing[_matching(tokens, position + 1)] = [*_tokens(f")).__kept({position})")]
-        elif _is_macro(tokens, position):
-            written += [*_tokens("__counted()."), token]
-        else:
-            written.append(token)
-        written += closing.get(position, ())
-    return written
-
-
-def _is_macro(tokens: list[_Token], position: int) -> bool:
+def _is_macro(tokens: list[Token], position: int) -> bool:
     """Whether the name at `position` is a macro that binds a name."""
     return (
         _text(tokens, position) in _BINDING
@@ -761,20 +691,20 @@ def _is_macro(tokens: list[_Token], position: int) -> bool:
     )
 
 
-def _is_star(tokens: list[_Token], position: int) -> bool:
+def _is_star(tokens: list[Token], position: int) -> bool:
     return [token.text for token in tokens[position : position + 3]] == ["[", "*", "]"]
 
 
-def _is_field(tokens: list[_Token], position: int) -> bool:
+def _is_field(tokens: list[Token], position: int) -> bool:
     """Whether the name at `position`, after a dot, is a field and not a method."""
     return position < len(tokens) and tokens[position].kind == "name" and _text(tokens, position + 1) != "("
 
 
-def _text(tokens: list[_Token], position: int) -> str:
+def _text(tokens: list[Token], position: int) -> str:
     return tokens[position].text if 0 <= position < len(tokens) else ""
 
 
-def _matching(tokens: list[_Token], position: int) -> int:
+def _matching(tokens: list[Token], position: int) -> int:
     """Where the bracket at `position` closes, or the end."""
     depth = 0
     for index in range(position, len(tokens)):
@@ -803,7 +733,7 @@ class _Bound:
     path: Path | None
 
 
-def _scan(text: str, tokens: list[_Token]) -> _Found:
+def _scan(text: str, tokens: list[Token]) -> _Found:
     """What an expression refers to and calls."""
     found = _Found(set(), set())
     bound: list[_Bound] = []
@@ -829,7 +759,7 @@ def _scan(text: str, tokens: list[_Token]) -> _Found:
     return found
 
 
-def _function(text: str, tokens: list[_Token], position: int) -> str:
+def _function(text: str, tokens: list[Token], position: int) -> str:
     name = tokens[position].text
     if _text(tokens, position - 1) == "." and (dotted := f"{_text(tokens, position - 2)}.{name}") in FUNCTIONS:
         return dotted
@@ -839,7 +769,7 @@ def _function(text: str, tokens: list[_Token], position: int) -> str:
     return name
 
 
-def _reference(tokens: list[_Token], position: int, bound: list[_Bound], found: _Found, ends: dict[int, Path]) -> None:
+def _reference(tokens: list[Token], position: int, bound: list[_Bound], found: _Found, ends: dict[int, Path]) -> None:
     name = tokens[position].text
     binding = next((one for one in reversed(bound) if one.name == name and position < one.until), None)
     if binding is None and (name in _TYPES or f"{name}.{_text(tokens, position + 2)}" in FUNCTIONS):
@@ -856,7 +786,7 @@ def _reference(tokens: list[_Token], position: int, bound: list[_Bound], found: 
     ends[end] = path
 
 
-def _step(tokens: list[_Token], position: int) -> tuple[Path, int] | None:
+def _step(tokens: list[Token], position: int) -> tuple[Path, int] | None:
     """One more part of a path, `.name`, `["name"]` or `[0]`, and how many tokens it takes."""
     if _text(tokens, position) == "." and _is_field(tokens, position + 1):
         return (tokens[position + 1].text,), 2

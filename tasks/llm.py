@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
+from ferrum import schemas
 from ferrum.errors import ModelError, OutputError
 from ferrum.governance.acts import ModelCall
 from ferrum.models import prices, structured
@@ -39,6 +40,16 @@ class LlmParams(Params):
             if message.get("role") not in ("system", "user", "assistant") or "content" not in message:
                 raise ValueError(f"message {place} needs a role (system, user, assistant) and a content")
         return messages
+
+    @field_validator("output_schema")
+    @classmethod
+    def _can_be_used(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
+        if schema is not None:
+            try:
+                schemas.check(schema)
+            except schemas.SchemaFault as error:
+                raise ValueError(f"this is not a JSON Schema that can be used: {error}") from error
+        return schema
 
     @model_validator(mode="after")
     def _asks_once(self) -> LlmParams:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import pickle
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from ferrum import expressions
 from ferrum.errors import ExpressionError
 from ferrum.expressions import MAX_TEXT, Condition, Template
+from ferrum.patterns import compile_cel
 
 SCOPE: dict[str, Any] = {
     "input": {"issue": "it is broken", "limit": 3, "nothing": None, "big": 2**70},
@@ -241,6 +243,9 @@ for _ in range(MAX_DATA_NESTING - 3):
 deeper = deep
 for _ in range(10_000):
     deeper = [deeper]
+as_deep = []
+for _ in range(10_097):
+    as_deep = [as_deep]
 
 def refused(text, scope):
     try:
@@ -256,7 +261,10 @@ def all_of_it():
     assert Template.compile("{{ " + "true?1:" * 30 + "1 }}").evaluate({}) == 1
     assert Template.compile("{{ [a] == [a] ? [a] : [] }}").evaluate({"a": deep}) == [deep]
     assert Template.compile("{{ a }}").evaluate({"a": deeper}) is deeper
-    assert refused("{{ size(a) }}", {"a": deeper})
+    assert Template.compile("{{ size(a) }}").evaluate({"a": deeper}) == 1
+    assert refused("{{ string(a) }}", {"a": deeper})
+    assert refused("{{ a == b }}", {"a": deeper, "b": as_deep})
+    assert refused("{{ [a, a].distinct() }}", {"a": deeper})
     print("alive")
 
 threading.stack_size(512 * 1024)
@@ -280,7 +288,7 @@ def test_a_text_cannot_grow_without_bound() -> None:
         Template.compile("{{ [a.text, a.text].join(', ') }}").evaluate(scope)
 
 
-def test_only_what_an_expression_looks_at_is_handed_to_cel() -> None:
+def test_only_what_an_expression_looks_at_is_touched() -> None:
     scope: dict[str, Any] = {"classify": {"kind": "bug", "other": object()}}
     assert Condition.compile('classify.kind == "bug"').evaluate(scope) is True
 
@@ -404,3 +412,138 @@ def test_the_same_is_the_same_to_distinct_whatever_it_is() -> None:
 
 def test_macros_go_over_the_keys_of_an_object() -> None:
     assert Template.compile("{{ o.map(key, key + '!') }}").evaluate({"o": {"only": 1}}) == ["only!"]
+
+
+# The order of an object's keys, and what an evaluation may cost
+
+
+_names = st.text("abcdefghijklmnopqrstuvwxyz", min_size=1, max_size=8)
+_objects = st.dictionaries(_names, st.integers(0, 9), min_size=5, max_size=60)
+
+
+@given(_objects)
+def test_the_keys_of_an_object_come_in_the_order_that_json_has_them(value: dict[str, int]) -> None:
+    keys = list(value)
+    literal = "{" + ", ".join(f"'{name}': 1" for name in keys) + "}"
+    for text, expected in [
+        ("o.map(k, k)", keys),
+        ("o.map(k, o[k])", list(value.values())),
+        ("o.filter(k, o[k] > 4)", [name for name in keys if value[name] > 4]),
+        ("o.map(k, o[k] > 4, k + '!')", [f"{name}!" for name in keys if value[name] > 4]),
+        ("o.map(k, {k: o[k]})", [{name: number} for name, number in value.items()]),
+        ("string(o)", json.dumps(value, separators=(",", ":"))),
+        ("[o, o].distinct()[0].map(k, k)", keys),
+        ("(true ? o : {}).map(k, k)[0]", keys[0]),
+        (f"{literal}.map(k, k)", keys),
+        (f"string({literal})", json.dumps(dict.fromkeys(keys, 1), separators=(",", ":"))),
+    ]:
+        if len(text) < expressions.MAX_LENGTH and text.count("'") < 200:
+            assert Template.compile(f"{{{{ {text} }}}}").evaluate({"o": value}) == expected
+    written: Any = Template.compile({"made": f"{{{{ {literal} }}}}", "given": "{{ [o][0] }}"}).evaluate({"o": value})
+    assert list(written["made"]) == list(written["given"]) == keys
+    assert Template.compile("<{{ o }}>").evaluate({"o": value}) == f"<{json.dumps(value, separators=(',', ':'))}>"
+
+
+def test_the_order_of_keys_is_the_same_in_each_process() -> None:
+    program = """
+import json
+from ferrum.expressions import Template
+
+scope = {"o": {f"{number * 7919 % 1000}": number for number in range(50)}}
+texts = ["{{ o.map(k, k) }}", "{{ {'z': 1, 'a': o, 'm': 2} }}", "{{ o.filter(k, o[k] > 9) }}", "<{{ [o] }}>"]
+print(json.dumps([Template.compile(text).evaluate(scope) for text in texts]))
+"""
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", program], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("0", "1", "2")
+    }
+    assert len(said) == 1
+
+
+def test_a_list_is_looked_through_for_each_of_its_items() -> None:
+    scope: dict[str, Any] = {"input": {"l": list(range(25_000))}}
+    assert Condition.compile("input.l.all(x, x in input.l)").evaluate(scope) is True
+    assert Condition.compile("input.l.exists(x, -1 in input.l)").evaluate(scope) is False
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("l.all(x, l == m)", "it takes more than 10000000 steps"),
+        ("l.all(x, !({'a': x} in n))", "it takes more than 10000000 steps"),
+        ("l.map(x, long.contains('b'))", "it takes more than 10000000 steps"),
+        ("l.map(x, long + '!')", "it builds a list of more than 50000000 characters"),
+        ("long.split('')", "it builds a list of more than 50000000 characters"),
+        ("l.map(x, l + l)", "it builds a list of more than 50000000 characters"),
+        ("string(l.map(x, long))", "it builds a list of more than 50000000 characters"),
+        ("l.map(x, long)", "it builds a list of more than 50000000 characters"),
+        ("l.all(x, !short.matches('(a|b){1,900}x'))", "it takes more than 10000000 steps"),
+        ("short.matches('(?=a)')", "the pattern '(?=a)' cannot be used: look-around"),
+        ("short.matches('(.{900}){900}')", "repeats too much"),
+        ("[[1], [2]].sort()", "sort() does not compare lists and objects"),
+        ("l.map(x, l).flatten().size()", "it builds a list of more than 50000000 characters"),
+    ],
+)
+def test_an_evaluation_has_a_bound(text: str, reason: str) -> None:
+    scope: dict[str, Any] = {"l": list(range(5_000)), "m": list(range(5_000)), "short": "ab" * 50}
+    scope |= {"long": "a" * 2_000_000, "n": [{"a": number} for number in range(-5_000, 0)]}
+    with pytest.raises(ExpressionError) as caught:
+        Template.compile(f"{{{{ {text} }}}}").evaluate(scope)
+    assert reason in str(caught.value)
+
+
+def test_no_pattern_takes_for_ever() -> None:
+    assert Condition.compile("a.matches('^(a|a)*$')").evaluate({"a": "a" * 50_000 + "b"}) is False
+
+
+# Held against the package that CEL comes from
+
+
+_LEAVES = [
+    "1",
+    "2.5",
+    "-3",
+    "0",
+    "true",
+    "false",
+    "null",
+    "'a'",
+    "'bc'",
+    "[1, 2]",
+    "['a']",
+    "{'a': 1}",
+    "x.n",
+    "x.t",
+    "x.l",
+    "b''",
+]
+_FORMS = [
+    "({0} + {1})", "({0} - {1})", "({0} * {1})", "({0} / {1})", "({0} % {1})", "({0} == {1})", "({0} != {1})",
+    "({0} < {1})", "({0} <= {1})", "({0} > {1})", "({0} >= {1})", "({0} in {1})", "({0} && {1})", "({0} || {1})",
+    "({0} ? {1} : {0})", "{0}[{1}]", "[{0}, {1}]", "!({0})", "-({0})",
+    "[{0}].map(i, [i, {1}])", "[{0}, 1].filter(i, i == {1})",
+    "[{0}].all(i, {1})", "[{0}].exists_one(i, i == {1})", "size([{0}])", "type({0}) == type({1})", "{{'k': {0}}}.k",
+    "has(x.n)", "has(x.no)", "int({0})", "double({0})", "x.t.startsWith({0})", "x.t.contains({0})", "x.t.matches({0})",
+]  # fmt: skip
+_expressions = st.recursive(
+    st.sampled_from(_LEAVES),
+    lambda inner: st.builds(lambda form, one, two: form.format(one, two), st.sampled_from(_FORMS), inner, inner),
+    max_leaves=6,
+)
+
+
+@given(_expressions)
+def test_what_an_expression_comes_to_is_what_cel_says(text: str) -> None:
+    scope: dict[str, Any] = {"x": {"n": 4, "t": "abc", "l": [3, "a", None]}}
+    try:
+        expected = compile_cel(text).execute(scope)
+        json.dumps(expected, allow_nan=False)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
+        # Or of what it refuses, we may know more: `all` and `exists` come to a value over an error, in any order.
+        with contextlib.suppress(ExpressionError):
+            Template.compile(f"{{{{ {text} }}}}").evaluate(scope)
+        return
+    result = Template.compile(f"{{{{ {text} }}}}").evaluate(scope)
+    assert (type(result), result) == (type(expected), expected)

@@ -487,7 +487,8 @@ def test_a_workflow_without_inputs_takes_none() -> None:
     ("spec", "reason"),
     [
         ("{type: integer, default: 1, required: true}", "leave out one of the two"),
-        ("{type: string, pattern: '('}", "not a JSON Schema: '(' is not a 'regex'"),
+        ("{type: string, pattern: '('}", "not a JSON Schema: the pattern '(' cannot be used: unclosed group"),
+        ("{type: string, pattern: '(?=a)'}", "the pattern '(?=a)' cannot be used: look-around is not supported"),
         ("{type: array, items: {type: strnig}}", "not a JSON Schema"),
         ("{type: array, items: {$ref: 'http://localhost/schema'}}", "$ref is not supported"),
         ("{type: string, keywords: {}}", "there is no 'keywords' here"),

@@ -8,12 +8,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 from collections.abc import Mapping
 from typing import NoReturn, cast
 
-from jsonschema.exceptions import SchemaError
-from jsonschema.validators import Draft202012Validator, validator_for
 from mcp import Client, MCPError
 from mcp_types import (
     CONNECTION_CLOSED,
@@ -28,9 +25,8 @@ from mcp_types import (
     Tool,
 )
 from pydantic import JsonValue
-from referencing import Registry
-from referencing.exceptions import Unresolvable
 
+from ferrum import schemas
 from ferrum.errors import ToolError, did_you_mean
 from ferrum.mcp.specs import IDEMPOTENCY_KEY, ServerSpec, ToolSpec
 from ferrum.mcp.stdio import Wire
@@ -38,6 +34,8 @@ from ferrum.settings import redact
 
 #: Answers that would be the same the next time.
 _FINAL = frozenset({INVALID_PARAMS, INVALID_REQUEST, METHOD_NOT_FOUND})
+#: A schema that cannot be used, or not on this value.
+_UNTOLD = (schemas.SchemaFault, schemas.TooCostly)
 #: No answer: nobody knows what became of the call.
 _SILENCE = frozenset({CONNECTION_CLOSED, REQUEST_TIMEOUT})
 _LONGEST_ERROR = 4000
@@ -129,8 +127,10 @@ class Session:
             give_up.cancel()
         if result.is_error:
             # Arguments that are not what the tool asks for are refused again.
-            fitting = _fits(arguments, spec.input_schema)
+            fitting = await asyncio.to_thread(_fits, arguments, spec.input_schema)
             self._fail(spec, _text(result) or "the tool failed and did not say why", retry=fitting)
+        if wrong := await asyncio.to_thread(_wrong, result, spec):
+            self._fail(spec, f"the answer is not valid{_perhaps(spec)}: {wrong}", retry=spec.repeatable)
         return _output(result, spec)
 
     async def close(self) -> None:
@@ -146,6 +146,7 @@ class Session:
                 asyncio.timeout(self._spec.start_timeout) as limit,
                 Client(self._wire, cache=None, client_info=_OURSELVES) as self._client,
             ):
+                self._client.session.validate_tool_result = _not_held  # type: ignore[method-assign]
                 self._tools = await _list_tools(self._client)
                 limit.reschedule(None)
                 self._ready.set()
@@ -224,14 +225,32 @@ def _spec(tool: Tool) -> ToolSpec:
 
 
 def _fits(arguments: Mapping[str, JsonValue], schema: Mapping[str, JsonValue]) -> bool:
-    """Whether a tool may take these arguments; also where its schema is none, or refers to another one."""
-    schema = dict(schema)
+    """Whether a tool may take these arguments; also where that cannot be told from its schema."""
     try:
-        kind = validator_for(schema, default=Draft202012Validator)
-        kind.check_schema(schema)
-        return kind(schema, registry=Registry()).is_valid(dict(arguments))
-    except (SchemaError, Unresolvable, re.error):
+        schemas.check(schema, lenient=True)
+        return not schemas.errors(schema, dict(arguments), lenient=True)
+    except _UNTOLD:
         return True
+
+
+def _wrong(result: CallToolResult, spec: ToolSpec) -> str | None:
+    """How a result breaks the schema that its tool promised, patterns that cannot be looked for left out."""
+    if spec.output_schema is None:
+        return None
+    if result.structured_content is None:
+        return "it has an output schema and gave nothing for it"
+    try:
+        schemas.check(spec.output_schema, lenient=True)
+        found = schemas.worst(schemas.errors(spec.output_schema, result.structured_content, lenient=True))
+    except schemas.TooCostly as error:
+        return f"it cannot be held against the tool's output schema: {error}"
+    except _UNTOLD as error:
+        return f"the tool's output schema cannot be used: {error}"
+    return None if found is None else f"it breaks the tool's output schema at {found.json_path}: {found.message}"
+
+
+async def _not_held(name: str, result: CallToolResult) -> None:
+    """In place of the SDK's own check of results, whose patterns and schemas may take for ever, on the loop of all."""
 
 
 def _perhaps(spec: ToolSpec) -> str:
@@ -268,7 +287,7 @@ def _parsed(text: str) -> JsonValue:
         return text
     try:
         return cast(JsonValue, json.loads(text))
-    except ValueError:
+    except (RecursionError, ValueError):
         return text
 
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Iterator
+from itertools import islice
+from string import ascii_letters
 from typing import Final, NoReturn
 
-from jsonschema.exceptions import SchemaError, ValidationError, best_match
-from jsonschema.protocols import Validator
-from jsonschema.validators import Draft202012Validator, validator_for
+from jsonschema.exceptions import ValidationError
 from pydantic import JsonValue
-from referencing import Registry
-from referencing.exceptions import Unresolvable
 
+from ferrum import schemas
 from ferrum.errors import OutputError
 from ferrum.governance.acts import ModelCall
 
-#: A fenced block, as models write it around JSON even when they are asked not to.
-_FENCE: Final = re.compile(r"```[a-zA-Z]*\s*\n(.*?)\n?\s*```", re.DOTALL)
+_FENCE: Final = "```"
 
 #: How much of a value or of an answer a message quotes.
 _QUOTED: Final = 200
@@ -30,11 +28,16 @@ def parse(text: str, schema: dict[str, JsonValue]) -> JsonValue:
     tried again where the answer is at fault, final where the schema is.
     """
     value = _value(text)
-    validator = _validator(schema)
     try:
-        wrong = best_match(validator.iter_errors(value))
-    except Unresolvable as error:
-        raise OutputError(f"output_schema refers to {error.ref!r}, which is not in it") from error
+        schemas.check(schema)
+    except schemas.SchemaFault as error:
+        raise OutputError(f"output_schema is not a JSON Schema: {error}") from error
+    try:
+        wrong = schemas.worst(schemas.errors(schema, value))
+    except schemas.SchemaFault as error:
+        raise OutputError(f"output_schema {str(error).removeprefix('it ')}") from error
+    except schemas.TooCostly as error:
+        raise OutputError(f"the answer cannot be held against output_schema: {error}", retry=True) from error
     if wrong is not None:
         raise OutputError(f"the answer breaks output_schema at {wrong.json_path}: {_reason(wrong)}", retry=True)
     return value
@@ -61,13 +64,25 @@ def repair_messages(call: ModelCall, reply_text: str, error: OutputError) -> Mod
 
 
 def _value(text: str) -> JsonValue:
-    blocks = _FENCE.findall(text)
     try:
         return _read(text)
     except OutputError:
+        blocks = list(islice(_fenced(text), 2))
         if len(blocks) != 1:
             raise
     return _read(blocks[0])
+
+
+def _fenced(text: str) -> Iterator[str]:
+    """Fenced blocks, as models write them around JSON even when they are asked not to."""
+    at = 0
+    while (start := text.find(_FENCE, at)) >= 0 and (end := text.find(_FENCE, start + len(_FENCE))) >= 0:
+        inside = text[start + len(_FENCE) : end].lstrip(ascii_letters)
+        if "\n" in inside[: len(inside) - len(inside.lstrip())]:
+            yield inside.strip()
+            at = end + len(_FENCE)
+        else:
+            at = start + 1
 
 
 def _read(text: str) -> JsonValue:
@@ -87,16 +102,6 @@ def _read(text: str) -> JsonValue:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
-
-
-def _validator(schema: dict[str, JsonValue]) -> Validator:
-    kind = validator_for(schema, default=Draft202012Validator)
-    try:
-        kind.check_schema(schema)
-    except SchemaError as error:
-        raise OutputError(f"output_schema is not a JSON Schema: {error.message}, at {error.json_path}") from error
-    # An empty registry: what a schema refers to is never fetched from the network.
-    return kind(schema, registry=Registry())
 
 
 def _reason(error: ValidationError) -> str:

@@ -12,8 +12,6 @@ from itertools import chain, islice
 from os import PathLike
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import SchemaError
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -29,6 +27,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from ferrum import schemas
 from ferrum.errors import InputError, Problem, WorkflowError, did_you_mean
 from ferrum.expressions import Condition, Template
 from ferrum.workflow import check, parts
@@ -140,6 +139,10 @@ class Defaults(_Part):
     timeout: Timeout | None = None
 
 
+#: How many problems of one input are told.
+_MOST_PROBLEMS: Final = 20
+
+
 class InputSpec(_Part):
     """One thing that a run is given."""
 
@@ -164,19 +167,25 @@ class InputSpec(_Part):
 
     def problems(self, value: JsonValue) -> list[str]:
         """What keeps a value from being this input."""
-        errors = sorted(Draft202012Validator(self.schema_).iter_errors(value), key=lambda error: error.json_path)
-        return [
-            f"{error.json_path[1:].removeprefix('.')}: {_short(error.message)}".removeprefix(": ") for error in errors
+        try:
+            errors = sorted(schemas.errors(self.schema_, value), key=lambda error: error.json_path)
+        except schemas.TooCostly as error:
+            return [f"it cannot be held against its schema: {error}"]
+        said = [
+            f"{error.json_path[1:].removeprefix('.')}: {_short(error.message)}".removeprefix(": ")
+            for error in errors[:_MOST_PROBLEMS]
         ]
+        more = len(errors) - len(said)
+        return [*said, f"and {more} problems more"] if more else said
 
     @model_validator(mode="after")
     def _holds_together(self) -> InputSpec:
         if _has_reference(self.keywords):
             raise ValueError("$ref is not supported here: write the schema out")
         try:
-            Draft202012Validator.check_schema(self.schema_, format_checker=Draft202012Validator.FORMAT_CHECKER)
-        except SchemaError as error:
-            raise ValueError(f"not a JSON Schema: {_short(error.message)}") from error
+            schemas.check(self.schema_)
+        except schemas.SchemaFault as error:
+            raise ValueError(f"not a JSON Schema: {_short(str(error))}") from error
         if self.has_default and self.required:
             raise ValueError("what has a default is not required: leave out one of the two")
         if self.has_default and (found := self.problems(self.default)):
