@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
-from ferrum import errors, expressions
+from ferrum import errors, expressions, patterns
 from ferrum.settings import Settings
 from ferrum.steps import StepType, step_types
 from ferrum.workflow import (
@@ -187,6 +187,12 @@ def _limits() -> str:
         ["items that the macros of an expression go over, in all", f"{expressions.MAX_ITEMS:,}"],
         ["nesting of a value that an expression computes with", f"{expressions.MAX_DATA_NESTING} levels"],
         ["text that an expression builds", f"{expressions.MAX_TEXT:,} characters"],
+        ["all that an expression builds", f"{expressions.MAX_LIST:,} characters, an item of a list counts as 32"],
+        [
+            "steps of an expression: operations in macros, items compared, 64 characters read",
+            f"{expressions.MAX_STEPS:,}",
+        ],
+        ["length of a pattern", f"{patterns.MAX_PATTERN:,} characters"],
     ]
     return _table(("what", "at most"), rows)
 

@@ -37,9 +37,7 @@ def _plan_value(planned: Plan) -> Mapping[str, object]:
     carried, joined = edges(planned)
     workflow = planned.workflow
     bodies = planned.bodies.values()
-    segments = {
-        body.steps[name]: segment.id for body in bodies for segment in body.segments for name in segment.steps
-    }
+    segments = {body.steps[name]: segment.id for body in bodies for segment in body.segments for name in segment.steps}
     return {
         "name": workflow.name,
         "version": workflow.version,
