@@ -28,7 +28,7 @@ from typing import Any, Final
 import redis
 from celery.app.amqp import AMQP
 from celery.backends.redis import RedisBackend, SentinelBackend
-from kombu.connection import Connection
+from kombu.connection import Connection, ConnectionPool, PooledConnection
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 from kombu.utils.collections import HashedSeq
@@ -517,22 +517,41 @@ class SentinelTransport(_Sifting, _Probing, kombu_redis.SentinelTransport):  # t
 _TRANSPORTS = {"redis": Transport, "rediss": Transport, "sentinel": SentinelTransport}
 
 
-class OwnConnection(Connection):  # type: ignore[misc]
-    """A connection that goes through our transport, whatever its URL; kombu finds its own by the scheme."""
+class _Own:
+    """Goes through our transport, whatever its URL; kombu finds its own by the scheme."""
 
     def get_transport_cls(self) -> Any:
-        return _TRANSPORTS.get(self.transport_cls) or super().get_transport_cls()
+        return _TRANSPORTS.get(self.transport_cls) or super().get_transport_cls()  # type: ignore[attr-defined, misc]
 
-    def _ensure_connection(self, *args: Any, interval_max: float = _RECONNECT_EVERY_S, **more: Any) -> Any:
+    def _ensure_connection(
+        self, errback: Any = None, max_retries: Any = None, interval_start: float = _RECONNECT_EVERY_S,
+        interval_step: float = 0, interval_max: float = _RECONNECT_EVERY_S, *more: Any, **options: Any,
+    ) -> Any:  # fmt: skip
         # kombu waits longer and longer, up to 30 s; a broker that is back would stay alone for so long.
-        every_s = min(interval_max, _RECONNECT_EVERY_S)
-        more["interval_start"] = min(more.get("interval_start", every_s), every_s)
-        return super()._ensure_connection(*args, interval_max=every_s, **more)
+        starts_s, ends_s = min(interval_start, _RECONNECT_EVERY_S), min(interval_max, _RECONNECT_EVERY_S)
+        ensure = super()._ensure_connection  # type: ignore[misc]
+        return ensure(errback, max_retries, starts_s, interval_step, ends_s, *more, **options)
 
     def __eqhash__(self) -> Any:
         # kombu has one pool of connections for all apps of a process, by this: another app on the same Redis would be
         # given ours.
-        return HashedSeq("ferrum", *super().__eqhash__())
+        return HashedSeq("ferrum", *super().__eqhash__())  # type: ignore[misc]
+
+
+class _Pooled(_Own, PooledConnection):  # type: ignore[misc]
+    """One of a pool; kombu makes them of a class of their own."""
+
+
+class _Pool(ConnectionPool):  # type: ignore[misc]
+    def new(self) -> Any:
+        return _Pooled(self, **dict(self.connection._info(resolve=False)))
+
+
+class OwnConnection(_Own, Connection):  # type: ignore[misc]
+    """A connection through our transport, whose pool has such connections, too."""
+
+    def Pool(self, limit: int | None = None, **options: Any) -> Any:
+        return _Pool(self, limit, **options)
 
 
 class Broker(AMQP):  # type: ignore[misc]

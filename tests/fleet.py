@@ -58,7 +58,18 @@ class Fleet:
         """Start a worker and wait until it is ready; its log is in `<home>/worker-N.log`."""
         before = set(ferrum.runs.record().workers())
         log = self.log(len(self.workers))
-        with log.open("wb") as out:
+        worker = self.launch(*options, command=command, **environ)
+
+        def ready() -> bool:
+            assert worker.poll() is None, log.read_text()[-4000:]
+            return b" ready." in log.read_bytes() and bool(set(ferrum.runs.record().workers()) - before)
+
+        eventually(ready, timeout_s=PATIENCE_S)
+        return worker
+
+    def launch(self, *options: str, command: tuple[str, ...] = ("ferrum.start_worker",), **environ: str) -> Forked:
+        """Start a worker and wait for nothing."""
+        with self.log(len(self.workers)).open("wb") as out:
             worker = Forked(
                 ["-W", "ignore", "-m", *command, "-l", "info", *options],
                 env={**self.environ, **environ},
@@ -66,12 +77,6 @@ class Fleet:
                 stdout=out,
             )
         self.workers.append(worker)
-
-        def ready() -> bool:
-            assert worker.poll() is None, log.read_text()[-4000:]
-            return b" ready." in log.read_bytes() and bool(set(ferrum.runs.record().workers()) - before)
-
-        eventually(ready, timeout_s=PATIENCE_S)
         return worker
 
     def log(self, number: int) -> Path:

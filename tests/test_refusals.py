@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -152,31 +149,15 @@ def test_whom_redis_does_not_let_in_is_told_at_once(redis_url: str) -> None:
 
 def test_whom_redis_knew_before_is_waited_for_while_its_password_changes(client: redis.Redis, redis_url: str) -> None:
     record = Record(redis_url, patience_s=PATIENCE_S)
-    assert record.any_live() is False
+    known = record.runs(limit=1)
     client.acl_setuser("default", enabled=True, reset_passwords=True, passwords="+another")
     record.close_connections()
     password = redis_url.partition("unix://:")[2].partition("@")[0]
     back = threading.Timer(0.5, client.acl_setuser, ("default",), {"enabled": True, "passwords": f"+{password}"})
     back.start()
-    assert record.any_live() is False
+    assert record.runs(limit=1) == known
     back.join()
     client.acl_setuser("default", enabled=True, passwords="-another")
-
-
-class Waiting:
-    """A worker that is started where it cannot begin."""
-
-    def __init__(self, fleet: Fleet, url: str) -> None:
-        self._log = fleet.home / "waiting.log"
-        with self._log.open("wb") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "ferrum.start_worker", "-l", "info"],
-                env=fleet.environ | {"FERRUM_REDIS_URL": url}, cwd=fleet.home, stdout=out, stderr=out,
-            )  # fmt: skip
-
-    def says(self, what: str) -> int:
-        """How often it said so until now."""
-        return self._log.read_text().count(what)
 
 
 @pytest.fixture
@@ -184,42 +165,44 @@ def fleet(redis_url: str, tmp_path: Path) -> Fleet:
     return Fleet(redis_url, tmp_path)
 
 
+def says(fleet: Fleet, what: str) -> int:
+    """How often the first worker said so until now."""
+    return fleet.log(0).read_text().count(what)
+
+
 WAITS = "this worker waits for Redis and then goes on"
 
 
-def test_a_worker_that_is_started_before_redis_or_on_a_replica_says_so_once_and_goes_on_when_it_can(
+def test_a_worker_that_is_started_on_a_replica_or_before_redis_says_so_once_and_goes_on_when_it_can(
     fleet: Fleet, tmp_path: Path
 ) -> None:
-    server = PrivateRedis(tmp_path / "late").start()
-    server.kill()
-    waiting = Waiting(fleet, server.url)
-    try:
-        eventually(lambda: waiting.says(WAITS))
-        server.start()
+    with PrivateRedis(tmp_path / "late") as server:
         with redis.Redis.from_url(server.url) as client:
-            with REFUSALS["READONLY"](client):
-                time.sleep(0.5)
-            eventually(lambda: waiting.says(" ready."))
-            assert client.zcard("ferrum:workers") == 1
-        assert waiting.says(WAITS) == 1
-        assert waiting.says("Redis is there again after") == 1
-    finally:
-        waiting.process.send_signal(signal.SIGTERM)
-        assert waiting.process.wait(PATIENCE_S) == 0
-        server.stop()
+            client.execute_command("REPLICAOF", "127.0.0.1", "1")
+        worker = fleet.launch(FERRUM_REDIS_URL=server.url)
+        eventually(lambda: says(fleet, f"{WAITS}: Redis refuses for now, it is a replica, which takes no writes"))
+        server.kill()
+        time.sleep(0.3)
+        # Of a replica, nothing of it being one is left.
+        server.start()
+        eventually(lambda: says(fleet, " ready."))
+        assert says(fleet, WAITS) == 1
+        assert says(fleet, "Redis is there again after") == 1
+        worker.terminate()
+        assert worker.wait(PATIENCE_S) == 0
 
 
 def test_a_worker_that_waits_for_redis_can_be_stopped(fleet: Fleet) -> None:
-    waiting = Waiting(fleet, "redis://127.0.0.1:1/0")
-    eventually(lambda: waiting.says(WAITS))
-    waiting.process.send_signal(signal.SIGTERM)
-    assert waiting.process.wait(PATIENCE_S) == 0
+    worker = fleet.launch(FERRUM_REDIS_URL="redis://127.0.0.1:1/0")
+    eventually(lambda: says(fleet, WAITS))
+    worker.terminate()
+    assert worker.wait(PATIENCE_S) == 0
 
 
 def test_a_worker_that_redis_does_not_let_in_does_not_start(fleet: Fleet, redis_url: str) -> None:
-    waiting = Waiting(fleet, redis_url.replace("unix://:", "unix://:not-", 1))
-    assert waiting.process.wait(PATIENCE_S) == 1
-    assert waiting.says("this worker cannot start: Redis does not let us in")
+    worker = fleet.launch(FERRUM_REDIS_URL=redis_url.replace("unix://:", "unix://:not-", 1))
+    assert worker.wait(PATIENCE_S) == 1
+    assert says(fleet, "this worker cannot start: Redis does not let us in")
 
 
 def test_a_connection_that_goes_silent_is_given_up_and_made_anew(fleet: Fleet, redis_url: str, tmp_path: Path) -> None:
