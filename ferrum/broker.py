@@ -12,7 +12,6 @@ again. Whoever pushes, in whatever language, needs nothing but LPUSH.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import itertools
 import logging
@@ -21,7 +20,7 @@ import random
 import time
 import uuid
 from collections.abc import Iterable
-from functools import partial
+from functools import cache, partial
 from queue import Empty
 from typing import Any, Final
 
@@ -32,11 +31,13 @@ from kombu.connection import Connection, ConnectionPool, PooledConnection
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 from kombu.utils.collections import HashedSeq
-from kombu.utils.json import dumps, loads
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from ferrum import messages
+from ferrum.dead_letters import bury
 from ferrum.refusals import hurried, patient
+from ferrum.steps import step_types
 
 log = logging.getLogger(__name__)
 
@@ -326,10 +327,14 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
         tag, self._tag = self._tag, None
         self._in_poll, self._send_script, self._woken, self._misses = None, False, False, 0
         self._flush_brpop_reauth()
-        queue = listed.decode().removeprefix(self.global_keyprefix).rsplit(self.sep, 1)[0]
-        self._queue_cycle.rotate(queue)
-        self.connection.receive(self, queue, tag, text)
+        taken_from = listed.decode().removeprefix(self.global_keyprefix)
+        self._queue_cycle.rotate(self.queue_of(taken_from))
+        self.connection.receive(self, taken_from, tag, text)
         return True
+
+    def queue_of(self, listed: str) -> str:
+        """The queue that a list is a lane of."""
+        return str(listed.rsplit(self.sep, 1)[0])
 
     def _begin_to_wait(self, connection: Any) -> None:
         self._tag, self._send_script = None, False
@@ -388,7 +393,7 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
         self._maybe_update_queues_expire(self._create_client(), queue)
         if not found:
             raise Empty
-        message = self.connection.read(self, queue, tag, found[1])
+        message = self.connection.read(self, found[0].decode().removeprefix(self.global_keyprefix), tag, found[1])
         if message is None:
             raise Empty
         return message
@@ -411,6 +416,29 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
 
     def _restore(self, message: Any, leftmost: bool = False) -> None:
         self.qos.restore_by_tag(message.delivery_tag, leftmost=leftmost)
+
+    def _receive_one(self, c: Any) -> bool:
+        # kombu lets what it cannot read end the loop over what has come with it, which then waits for more to come.
+        try:
+            response = c.parse_response()
+        except self.connection_errors:
+            self._in_listen = None
+            raise
+        heard = self._handle_message(c, response) if isinstance(response, (list, tuple)) else {}
+        if not heard.get("type", b"").endswith(b"message") or not heard["data"]:
+            return False
+        exchange = heard["channel"].decode().removeprefix(self.keyprefix_fanout).partition("/")[0]
+        message = _heard(heard["data"], exchange)
+        if isinstance(message, messages.Refused):
+            log.error("what was broadcast to %s was dropped: %s", exchange, message.reason)
+            return False
+        try:
+            return bool(self._deliver_fanout_message(message, exchange))
+        except (*self.connection_errors, redis.exceptions.RedisError):
+            raise
+        except Exception:
+            log.exception("what was broadcast to %s could not be received", exchange)
+            return False
 
 
 class SentinelChannel(Channel, kombu_redis.SentinelChannel):  # type: ignore[misc]
@@ -460,7 +488,7 @@ def _nothing() -> None:
 
 
 class _Sifting:
-    """Anybody may push to a queue, and kombu takes what is no message for a bug of its own: it ended the worker."""
+    """Anybody may push to a queue, and kombu and Celery trust what they read: what is no message ended the worker."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -473,21 +501,40 @@ class _Sifting:
         self.cycle._brpop_health_tref.cancel()
         self.cycle._brpop_health_tref = loop.call_repeatedly(1, self.cycle.maybe_check_brpop_health)
 
-    def receive(self, channel: Channel, queue: str, tag: str, text: bytes) -> None:
-        """Deliver what was taken from a queue, if it is a message."""
-        message = self.read(channel, queue, tag, text)
-        if message is not None:
-            self._deliver(message, queue)  # type: ignore[attr-defined]
+    def receive(self, channel: Channel, listed: str, tag: str, raw: bytes) -> None:
+        """Deliver what was taken from a list, if it is a message."""
+        message = self.read(channel, listed, tag, raw)
+        if message is None:
+            return
+        try:
+            self._deliver(message, channel.queue_of(listed))  # type: ignore[attr-defined]
+        except (*channel.connection_errors, redis.exceptions.RedisError):
+            raise
+        except Exception as error:
+            log.exception("a message could not be received")
+            self.drop(channel, listed, tag, raw, messages.failed(message, error, task_names()))
 
-    def read(self, channel: Channel, queue: str, tag: str, text: bytes) -> Any:
-        """The message that this is, under the tag that it was taken with; `None` where it is none, which ends it."""
-        message = _message(text)
-        if wrong := no_message(message):
-            log.error("what is no message was dropped from the queue %s: %s (see docs/enqueue.md)", queue, wrong)
-            channel.forget(tag)
+    def read(self, channel: Channel, listed: str, tag: str, raw: bytes) -> dict[str, Any] | None:
+        """The message that this is, under the tag that it was taken with.
+
+        `None` where kombu and Celery may not have it, which ends it.
+        """
+        message = _read(raw, channel.queue_of(listed))
+        if isinstance(message, messages.Refused):
+            self.drop(channel, listed, tag, raw, message)
             return None
         message["properties"]["delivery_tag"] = tag
         return message
+
+    def drop(self, channel: Channel, listed: str, tag: str, raw: bytes, refused: messages.Refused) -> None:
+        """Keep a message as a dead letter, and answer whoever waits for it."""
+        with channel.conn_or_acquire() as client:
+            letter = bury(client, raw, listed, refused, held=(channel.unacked_key, channel.unacked_index_key, tag))
+        virtual.QoS.ack(channel.qos, tag)
+        log.error(
+            "a message was dropped from the queue %s, it is dead letter %s: %s (see docs/enqueue.md)",
+            channel.queue_of(listed), letter, refused.reason,
+        )  # fmt: skip
 
 
 class _Probing:
@@ -604,35 +651,28 @@ def patiently(connparams: dict[str, Any]) -> dict[str, Any]:
     return {**connparams, "connection_class": patient(kind), "retry": Retry(NoBackoff(), 0)}
 
 
-def _message(text: bytes) -> Any:
-    try:
-        return loads(text)
-    except ValueError:
-        return None
+@cache
+def task_names() -> frozenset[str]:
+    """The tasks that ferrum's queues take."""
+    return frozenset({messages.RUN, *(kind.task for kind in step_types().values())})
 
 
-def no_message(message: Any) -> str | None:
-    """What kombu needs of a message and does not find in this one."""
-    if not isinstance(message, dict):
-        return "it is not a JSON object"
-    if not isinstance(message.get("headers"), dict) or not isinstance(message.get("body"), str):
-        return "its headers are no object, or its body is no text"
-    properties = message.get("properties")
-    if not isinstance(properties, dict) or not isinstance(properties.get("delivery_tag"), str):
-        return "it has no properties.delivery_tag"
-    info = properties.get("delivery_info")
-    if not isinstance(info, dict) or not {"exchange", "routing_key"} <= info.keys():
-        return "it has no properties.delivery_info with exchange and routing_key"
-    if not _decodes(message["body"], properties.get("body_encoding")):
-        return "its body is not encoded as properties.body_encoding says, which is base64 or not there"
-    return None
+def _read(raw: bytes, queue: str) -> dict[str, Any] | messages.Refused:
+    """What was taken from a queue."""
+    text = messages.decoded(raw)
+    if isinstance(text, messages.Refused):
+        return text
+    # Of workers that were asked something, by this process.
+    answer = queue.endswith(".pidbox")
+    return messages.other(text) if answer else messages.read(text, queue, task_names())
 
 
-def _decodes(body: str, encoding: object) -> bool:
-    try:
-        return encoding is None or (encoding == "base64" and base64.b64decode(body) is not None)
-    except ValueError:
-        return False
+def _heard(raw: bytes, exchange: str) -> dict[str, Any] | messages.Refused:
+    """What was broadcast."""
+    text = messages.decoded(raw)
+    if isinstance(text, messages.Refused):
+        return text
+    return messages.control(text) if exchange.endswith(".pidbox") else messages.other(text)
 
 
 def _bulk(part: bytes) -> bytes:
@@ -649,14 +689,7 @@ def _text_of(noted: bytes) -> bytes:
     return rest[int(length) :]
 
 
-def _delivered_again(text: bytes) -> bytes:
+def _delivered_again(raw: bytes) -> bytes:
     """The message, marked as one that was delivered before and how often; what is no message stays as it is."""
-    message = _message(text)
-    if no_message(message):
-        return text
-    info = message["properties"]["delivery_info"]
-    times = info.get("deliveries")
-    info["deliveries"] = times + 1 if isinstance(times, int) else 2
-    message["headers"]["redelivered"] = info["redelivered"] = True
-    marked: str = dumps(message)
-    return marked.encode()
+    text = messages.decoded(raw)
+    return raw if isinstance(text, messages.Refused) else messages.delivered_again(text).encode()

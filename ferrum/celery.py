@@ -18,7 +18,6 @@ from celery import Celery, Task
 from celery.exceptions import Ignore, InvalidTaskError, Reject
 from celery.worker.request import Request
 from kombu import Queue
-from pydantic import JsonValue
 
 import celeryconfig
 from ferrum.actors import LiveActors
@@ -30,6 +29,7 @@ from ferrum.executor import Executor, Outcome, Then
 from ferrum.governance.policy import load_policy
 from ferrum.local.redis import celery_url, running
 from ferrum.loop import LoopThread
+from ferrum.messages import RUN, arguments
 from ferrum.plan import Plan
 from ferrum.record import Record, base_of
 from ferrum.sending import send, start
@@ -142,7 +142,7 @@ process = _Process()
 
 
 class Received(Request):  # type: ignore[misc] # Celery is untyped
-    """A message as a worker receives it. One that Celery cannot read is refused; it would end the worker."""
+    """A message as a worker received it. What `ferrum.messages` did not check is refused; it would end the worker."""
 
     def __init__(self, message: Any, **kwargs: Any) -> None:
         try:
@@ -152,6 +152,10 @@ class Received(Request):  # type: ignore[misc] # Celery is untyped
             readable = False
         if not readable:
             raise InvalidTaskError("no message as docs/enqueue.md has it: with headers.id and a body [[…], {…}, {…}]")
+
+    def info(self, safe: bool = False) -> dict[str, Any]:
+        """What `celery inspect` and Flower show: never the arguments, which hold the input of a run."""
+        return dict(super().info(safe=True))
 
 
 class StepTask(Task):  # type: ignore[misc] # Celery is untyped
@@ -221,30 +225,22 @@ for _type in step_types().values():
 
 
 @app.task(  # type: ignore[untyped-decorator]
-    name="ferrum.run", bind=True, ignore_result=False, typing=False, send_events=True, Request=Received
+    name=RUN, bind=True, ignore_result=False, typing=False, send_events=True, Request=Received
 )
-def run(  # noqa: PLR0917 - messages give them by name
-    self: Any,
-    workflow: dict[str, object] | None = None,
-    input: dict[str, JsonValue] | None = None,
-    key: str | None = None,
-    priority: int | None = None,
-    tenant: str | None = None,
-    **unknown: object,
-) -> Any:
+def run(self: Any, *given: object, **named: object) -> Any:
     """Start a run; the result is `{"run_id": …}`, or `{"error": …}` for what cannot be started.
 
     Without a `key` the message's task id is the key, so that a message that is delivered twice starts one run.
     """
-    if workflow is None or unknown:
-        what = "'workflow' is missing" if workflow is None else f"{', '.join(map(repr, unknown))} is not known"
-        return {"error": f"{what}: ferrum.run takes workflow, input, key, priority and tenant, by name"}
+    wanted = arguments(given, named)
+    if isinstance(wanted, str):
+        return {"error": wanted}
     executor = process.executor()
     try:
-        plan = Plan.of(workflow)
+        plan = Plan.of(wanted["workflow"])
         run_id = start(
-            app, executor.record, executor.artifacts, plan, input or {}, key=str(key or self.request.id),
-            priority=priority, tenant=tenant,
+            app, executor.record, executor.artifacts, plan, wanted.get("input") or {},
+            key=wanted.get("key") or self.request.id, priority=wanted.get("priority"), tenant=wanted.get("tenant"),
         )  # fmt: skip
     except AuthorError as error:
         return {"error": str(error)}

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 
 from ferrum.artifacts import Artifacts, Kept, process_artifacts
 from ferrum.cache import Cache, Stats
+from ferrum.dead_letters import DeadLetter, DeadLetters
 from ferrum.errors import Conflict, FerrumError, NotFound, Problem, WorkflowError, did_you_mean
 from ferrum.events import Event, RunState
 from ferrum.plan import Built, Plan
@@ -321,6 +322,33 @@ def _kept_event(state: RunState, name: str) -> dict[str, object]:
 def cache_stats() -> Stats:
     """How often steps with a `cache` were answered from it, since it was last left alone for a week."""
     return Cache(record().scripts()).stats()
+
+
+@cache
+def _letters() -> DeadLetters:
+    from ferrum.celery import redis_url
+
+    return DeadLetters(redis_url(), patience_s=10)
+
+
+def dead_letters() -> list[DeadLetter]:
+    """The messages that workers dropped and that are kept, newest first."""
+    return _letters().all()
+
+
+def dead_letter(id: str) -> tuple[DeadLetter, str]:
+    """One of them, and its text as it stood in the queue. Raises `NotFound`."""
+    return _letters().find(id)
+
+
+def replay_dead_letter(id: str) -> DeadLetter:
+    """Put a dropped message back into its queue. Raises `NotFound`, and `Conflict` where not all of it was kept."""
+    return _letters().replay(id)
+
+
+def delete_dead_letter(id: str) -> None:
+    """Forget a dropped message. Raises `NotFound`."""
+    _letters().delete(id)
 
 
 def register(workflow: Workflow | Built | Mapping[str, object] | str | PathLike[str]) -> tuple[str, str]:

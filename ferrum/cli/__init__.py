@@ -15,7 +15,7 @@ from typing import NoReturn
 import click
 
 from ferrum import __version__
-from ferrum.cli import approvals, artifacts, index, local, runs, sandbox, schedules, trust, workflows
+from ferrum.cli import approvals, artifacts, dead_letters, index, local, runs, sandbox, schedules, trust, workflows
 from ferrum.cli.options import COMPLETED, INTERRUPTED, MISTAKE
 from ferrum.errors import FerrumError
 
@@ -60,6 +60,7 @@ for command in (
     runs.show_cache,
     approvals.approvals,
     artifacts.artifacts,
+    dead_letters.dead_letters,
     index.index,
     sandbox.sandbox,
     schedules.schedule,
