@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import Final, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, quote, quote_plus, unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
@@ -29,7 +29,7 @@ _SERVICE_ADDRESS: Final = re.compile(r"(?:tcp|udp|sctp)://\S+:\d+")
 log = logging.getLogger(__name__)
 
 #: An environment variable with one of these in its name holds a secret.
-_SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
+_SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL")
 
 
 class Missed(StrEnum):
@@ -201,25 +201,65 @@ def settings() -> Settings:
 
 
 def redact(text: str) -> str:
-    """`text` with every secret of this process's environment replaced by `***`.
+    """`text` with every secret of this process replaced by `***`.
 
-    A secret is the value, of eight characters or more, of a variable whose name says so, and the password in
-    the Redis URL and in that of the indexes.
+    A secret is the value, of eight characters or more, of a variable whose name says so; the password of a URL, in
+    `text` or in a variable, as it is written and decoded; and what `hide` was told.
     """
+    text = _TOKEN_IN_URL.sub("://***@", _PASSWORD_IN_URL.sub(r"\1***@", _SECRET_IN_QUERY.sub(r"\1***", text)))
     for secret in _secrets():
         text = text.replace(secret, "***")
     return text
 
 
+def hide(secrets: Iterable[str]) -> None:
+    """Let `redact` know secrets that do not come from the environment, such as values in a servers file."""
+    _hidden.update(secrets)
+    _secrets.cache_clear()
+
+
+def says_secret(name: str) -> bool:
+    """Whether the name of a variable or of an option says that its value is a secret."""
+    return any(word in name.upper() for word in _SECRET_WORDS)
+
+
+def passwords_in(text: str) -> set[str]:
+    """The passwords of all URLs in a text, as they are written, decoded, and encoded as URLs have them."""
+    found = {match[2] for match in _PASSWORD_IN_URL.finditer(text)}
+    return {form for password in found for form in _forms(password)}
+
+
+#: Up to the last `@` of what may stand before a host; `:` and what follows it is the password.
+_PASSWORD_IN_URL: Final = re.compile(r"""(://[^\s/?#@:"'<>`]*:)([^\s/?#"'<>`]+)@""")
+#: Without a password it may be a token, and is one where no name of a user would be so long.
+_TOKEN_IN_URL: Final = re.compile(r"""://[^\s/?#@:"'<>`]{20,}@""")
+_SECRET_IN_QUERY: Final = re.compile(
+    r"""([?&][\w.-]{0,40}(?:password|token|secret|api_?key|signature|credential)=)[^\s&#"'<>`]+""", re.IGNORECASE
+)
+
+#: What `hide` was told.
+_hidden: Final[set[str]] = set()
+
+
 @cache
 def _secrets() -> tuple[str, ...]:
-    found = {
-        value
-        for name, value in os.environ.items()
-        if len(value) >= 8 and any(word in name.upper() for word in _SECRET_WORDS)
-    }
+    found = set(_hidden)
+    for name, value in os.environ.items():
+        if len(value) >= 8 and says_secret(name):
+            found.add(value)
+        found |= {password for password in passwords_in(value) if len(password) >= 8}
     for name in ("FERRUM_REDIS_URL", "REDIS_URL", "FERRUM_INDEXES"):
-        credentials = os.environ.get(name, "").partition("://")[2].rpartition("@")[0]
-        if password := credentials.partition(":")[2]:
-            found.add(password)
+        found |= {password for password in _password_of(os.environ.get(name, "")) if len(password) >= 4}
     return tuple(sorted(found, key=len, reverse=True))
+
+
+def _password_of(url: str) -> set[str]:
+    """The password of one URL, which may hold what it should not: `/`, `@`; and one that is an option."""
+    credentials = url.partition("://")[2].rpartition("@")[0]
+    options = parse_qs(url.partition("?")[2]).get("password", [])
+    return {form for password in (credentials.partition(":")[2], *options) for form in _forms(password)}
+
+
+def _forms(password: str) -> set[str]:
+    plain = unquote(password)
+    return {password, plain, quote(plain, safe=""), quote_plus(plain)} - {""}

@@ -39,7 +39,10 @@ def status_of(arguments: Sequence[str] | None = None) -> int:
     except click.Abort:
         return INTERRUPTED
     except FerrumError as error:
-        click.echo(f"ferrum: {error}", err=True)
+        from ferrum.settings import redact
+        from ferrum.terminal import visible
+
+        click.echo(f"ferrum: {visible(redact(str(error)))}", err=True)
         return MISTAKE
     return said if isinstance(said, int) else COMPLETED
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ferrum.errors import ToolError, did_you_mean
 from ferrum.governance.acts import ToolCall, ToolReply
 from ferrum.mcp.specs import ServerSpec, ToolSpec
+from ferrum.settings import hide
 
 if TYPE_CHECKING:
     from ferrum.mcp.session import Session
@@ -26,6 +27,7 @@ class Router:
 
     def __init__(self, servers: Mapping[str, ServerSpec]) -> None:
         self._servers = dict(servers)
+        hide(secret for spec in servers.values() for secret in spec.secrets)
         self._sessions: dict[str, asyncio.Task[Session]] = {}
         self._closed = False
 

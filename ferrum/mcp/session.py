@@ -194,8 +194,6 @@ class Session:
         raise ToolError(self._clean(f"{self._name}.{spec.name}: {text}"), retry) from cause
 
     def _clean(self, text: str) -> str:
-        for secret in self._spec.secrets:
-            text = text.replace(secret, "***")
         text = redact(text)
         return text if len(text) <= _LONGEST_ERROR else text[:_LONGEST_ERROR] + "…"
 

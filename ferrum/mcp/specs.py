@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from pydantic import JsonValue
 from ferrum.errors import Problem, SettingsError, did_you_mean
 from ferrum.local import trust
 from ferrum.local.process import findable
-from ferrum.settings import Settings
+from ferrum.settings import Settings, passwords_in, says_secret
 
 #: Where every tool call carries the idempotency key of its step: in the request's `_meta`.
 IDEMPOTENCY_KEY = "ferrum/idempotency_key"
@@ -28,6 +28,8 @@ _KEYS = ("command", "module", "args", "env", "cwd", "timeout", "start_timeout", 
 _NAME = re.compile(r"[a-z0-9_-]+")
 _VARIABLE = re.compile(r"(\$?)\$\{([^}]*)\}")
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+_AUTHORIZATION = re.compile(r"\b(?:bearer|basic|token)\s(\S+)", re.IGNORECASE)
 
 #: Variables whose values are no secret wherever they turn up.
 _OPEN_VARIABLES = frozenset({"HOME", "LANG", "LOGNAME", "PATH", "PWD", "TMPDIR", "USER"})
@@ -49,7 +51,7 @@ class ServerSpec:
     timeout: float = 30.0
     #: The longest a start may take, in seconds, up to the list of its tools.
     start_timeout: float = 30.0
-    #: What came from our environment; blanked in messages.
+    #: What came from our environment, and what the file itself gives the server in its own; blanked in messages.
     secrets: tuple[str, ...] = field(default=(), repr=False)
 
 
@@ -235,7 +237,8 @@ class _Reader:
             self._wrong(path, "this must be a list")
             return [], set()
         filled = [self._fill(path, self._text(path, value, empty=True)) for value in raw]
-        return [text for text, _ in filled], set().union(*(secrets for _, secrets in filled))
+        args = [text for text, _ in filled]
+        return args, set().union(_secret_arguments(args), *(secrets for _, secrets in filled))
 
     def _env(self, path: _Path, raw: Any) -> tuple[dict[str, str], set[str]]:
         if raw is None:
@@ -251,7 +254,7 @@ class _Reader:
                 self._wrong(here, "not the name of an environment variable")
                 continue
             env[name], used = self._fill(here, self._text(here, value, empty=True))
-            secrets |= used
+            secrets |= used | _secret_value(name, env[name])
         return env, secrets
 
     def _fill(self, path: _Path, text: str) -> tuple[str, set[str]]:
@@ -291,6 +294,27 @@ class _Reader:
     def _wrong(self, path: _Path, message: str) -> None:
         mark = next((self._marks[path[:end]] for end in range(len(path), 0, -1) if path[:end] in self._marks), (0, 0))
         self.problems.append(Problem(message, ".".join(path), *mark))
+
+
+def _secret_value(name: str, value: str) -> set[str]:
+    """What of a value in a server's environment is secret: all of it, unless its name or its look says otherwise."""
+    if says_secret(name):
+        return {value} if len(value) >= 4 else set()
+    if "://" in value:
+        return passwords_in(value)
+    is_open = name in _OPEN_VARIABLES or value.startswith(("/", "./", "../", "~/"))
+    return {value} if len(value) >= 8 and not is_open else set()
+
+
+def _secret_arguments(args: Sequence[str]) -> set[str]:
+    """The values of options whose names say so (`--token=…`, `--token …`), of `Authorization`, and in URLs."""
+    found: set[str] = set()
+    for option, value in zip(args, [*args[1:], ""], strict=True):
+        name, assigned, inside = option.partition("=")
+        if name.startswith("-") and says_secret(name):
+            found.add(inside if assigned else value)
+        found |= passwords_in(option) | {match[1] for match in _AUTHORIZATION.finditer(option)}
+    return {secret for secret in found if len(secret) >= 4}
 
 
 def _near(name: str, environ: Mapping[str, str]) -> str:

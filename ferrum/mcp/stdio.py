@@ -25,6 +25,7 @@ from mcp_types import jsonrpc_message_adapter
 
 from ferrum.local import here_last
 from ferrum.mcp.specs import ServerSpec
+from ferrum.settings import redact
 
 #: How long a server may take to leave after its stdin closed, and again after SIGTERM, in seconds.
 _GRACE = 2.0
@@ -145,7 +146,7 @@ class Wire:
         try:
             return SessionMessage(jsonrpc_message_adapter.validate_json(line, by_name=False))
         except ValueError as error:
-            self._note(f"not MCP on stdout: {line[:200].decode(errors='replace')}")
+            self._note(f"not MCP on stdout: {line[:2000].decode(errors='replace')}")
             return error
 
     async def _write(self) -> None:
@@ -175,7 +176,9 @@ class Wire:
 
     def _note(self, line: str) -> None:
         if line:
-            self._said.append(line[:300])
+            # Before it is cut, or half of a secret would be left.
+            line = redact(line)[:300]
+            self._said.append(line)
             self._heard.debug("%s", line)
 
 

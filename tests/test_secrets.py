@@ -1,0 +1,129 @@
+"""Secrets never stand in errors, events and logs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fleet import Fleet, ended
+
+import ferrum
+from ferrum.mcp.specs import load_servers
+from ferrum.settings import Settings, redact
+from ferrum.testing.environment import environment
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("no: redis://:hunter2@host:6379/0, sorry", "no: redis://:***@host:6379/0, sorry"),
+        ("postgresql+psycopg://ada:p%40ss%2Fw@db/x", "postgresql+psycopg://ada:***@db/x"),
+        ("https://ada:a@b@host/ and amqp://g:h@i//", "https://ada:***@host/ and amqp://g:***@i//"),
+        ("git clone https://ghp_0123456789abcdefghij@github.com/a/b", "git clone https://***@github.com/a/b"),
+        ("GET https://api.example.org/v1?user=ada&api_key=sk-1&x=2", "GET https://api.example.org/v1?user=ada&api_key=***&x=2"),
+        ("http://host/?X-Amz-Signature=abc", "http://host/?X-Amz-Signature=***"),
+        # Nothing of this is a password.
+        ("ssh://git@host/a:b@c and http://host:80/@me", "ssh://git@host/a:b@c and http://host:80/@me"),
+        ('{"a": "http://h:80", "b": "m@x"}', '{"a": "http://h:80", "b": "m@x"}'),
+    ],
+)  # fmt: skip
+def test_the_passwords_of_urls_are_blanked_wherever_they_stand(text: str, said: str) -> None:
+    assert redact(text) == said
+
+
+@pytest.mark.parametrize(
+    "name", ["FERRUM_REDIS_URL", "REDIS_URL"]
+)  # fmt: skip
+@pytest.mark.parametrize("url", ["redis://:p%40ss/w0rd@host/0", "redis://host/0?password=p%40ss%2Fw0rd"])
+def test_the_password_of_a_setting_is_blanked_as_it_is_written_and_decoded(name: str, url: str) -> None:
+    with environment({"FERRUM_REDIS_URL": None, name: url}):
+        assert redact("wrong: p@ss/w0rd, or p%40ss%2Fw0rd") == "wrong: ***, or ***"
+
+
+def test_the_password_of_a_url_is_blanked_whatever_its_variable_is_called() -> None:
+    with environment({"SHOP_DATABASE": "postgresql://ada:correct-horse@db/x"}):
+        assert redact("password correct-horse refused") == "password *** refused"
+
+
+def test_blanking_takes_time_in_step_with_the_text() -> None:
+    def seconds(size: int, pattern: str) -> float:
+        began = time.process_time()
+        redact(pattern * (size // len(pattern)))
+        return time.process_time() - began
+
+    for pattern in ("://", "://a:", "://a:b", "?token", "a", ":@", "?"):
+        once = max(seconds(250_000, pattern) for _ in range(2))
+        assert seconds(1_000_000, pattern) < 16 * max(once, 0.01), pattern
+
+
+def test_what_a_servers_file_gives_its_servers_is_secret_unless_it_looks_open() -> None:
+    servers = {
+        "shop": {
+            "command": "x",
+            "args": [
+                "--token=abcd1234", "--api-key", "efgh5678", "--verbose", "http://u:ijkl9012@h/", "--header",
+                "Authorization: Bearer mnop3456", "plain-words-of-an-argument",
+            ],
+            "env": {
+                "SHOP_TOKEN": "tok5", "MAGIC": "open-sesame", "DIR": "/srv/data/shop", "DSN": "mysql://u:qrst7890@h/x",
+                "SHORT": "debug", "PATH": "/usr/local/bin",
+            },
+        }
+    }  # fmt: skip
+    (spec,) = load_servers(Settings(mcp_servers=json.dumps(servers)), {}).values()
+    assert set(spec.secrets) == {
+        "abcd1234", "efgh5678", "ijkl9012", "mnop3456", "tok5", "open-sesame", "qrst7890",
+    }  # fmt: skip
+
+
+#: Says what it was given, at once and for ever.
+_SERVER = """
+import os, sys
+from mcp.server import MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
+
+server = MCPServer("shop")
+
+
+@server.tool()
+def buy() -> str:
+    raise ToolError("401 for " + os.environ["MAGIC"] + " at http://ada:" + os.environ["SHOP_TOKEN"] + "@shop/")
+
+
+@server.tool()
+def leave() -> str:
+    print("x" * 295 + os.environ["MAGIC"], file=sys.stderr, flush=True)
+    os._exit(3)
+
+
+server.run()
+"""
+_LITERAL = {"MAGIC": "open-sesame-open", "SHOP_TOKEN": "sk/live"}
+
+
+@pytest.fixture
+def shop(redis_url: str, tmp_path: Path) -> Iterator[Fleet]:
+    (tmp_path / "shop.py").write_text(_SERVER)
+    servers = {"shop": {"module": "shop", "env": _LITERAL}}
+    fleet = Fleet(redis_url, tmp_path, {"FERRUM_MCP_SERVERS": json.dumps(servers)})
+    fleet.start("-l", "debug")
+    yield fleet
+    fleet.stop()
+
+
+def test_literal_secrets_of_a_servers_file_stand_in_no_error_no_event_and_no_log(shop: Fleet, redis_url: str) -> None:
+    def call(tool: str) -> dict[str, object]:
+        return {"type": "tool", "tool": f"shop.{tool}", "retry": {"max_attempts": 1}, "on_error": "continue"}
+
+    run_id = ferrum.submit({"name": "x", "steps": {"buy": call("buy"), "leave": {**call("leave"), "needs": ["buy"]}}})
+    view = ended(run_id)
+    errors = [step.error or "" for step in view.steps]
+    assert "401 for *** at http://ada:***@shop/" in errors[0]
+    assert "went away" in errors[1]
+    told = [*errors, *map(repr, ferrum.runs.record().events(run_id)), shop.log(0).read_text()]
+    for text in told:
+        # No part of one is left either.
+        assert not [part for part in ("open-", "sk/live", "sesame") if part in text]
