@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ferrum.cli.here import Here
-from ferrum.cli.options import as_json_option, by_option, done, run_id_argument, show_json, user
+from ferrum.cli.options import as_json_option, by_option, done, run_id_argument, say, show_json, user
 
 if TYPE_CHECKING:
     from ferrum.runs import Approval
@@ -30,9 +30,9 @@ def list_approvals(as_json: bool) -> None:
         show_json([one.model_dump(mode="json") for one in found])
         return
     for one in found:
-        click.echo(_approval(one))
+        say(_approval(one))
     if not found:
-        click.echo("nothing waits for a person", err=True)
+        say("nothing waits for a person", err=True)
 
 
 def _approval(one: Approval) -> str:

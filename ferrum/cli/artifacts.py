@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ferrum.cli.options import as_json_option, show_json
+from ferrum.cli.options import as_json_option, pass_on, raw_option, say, show_json
 from ferrum.errors import NotFound
 
 if TYPE_CHECKING:
@@ -24,9 +24,13 @@ def artifacts() -> None:
 @artifacts.command("get")
 @click.argument("digest", metavar="SHA256")
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write it to this file.")
+@raw_option
 @as_json_option
-def get_artifact(digest: str, output: Path | None, as_json: bool) -> None:
-    """Print an artifact, or write it to a file, once its bytes are checked against its hash."""
+def get_artifact(digest: str, output: Path | None, raw: bool, as_json: bool) -> None:
+    """Print an artifact, or write it to a file, once its bytes are checked against its hash.
+
+    On a terminal, control codes are shown and do nothing.
+    """
     from ferrum.artifacts import process_artifacts as store
 
     data = store().get(_ref(digest))
@@ -38,7 +42,9 @@ def get_artifact(digest: str, output: Path | None, as_json: bool) -> None:
     if as_json:
         show_json(_artifact_value(digest, data, output))
     elif output is not None:
-        click.echo(f"{output}  {len(data):,} bytes")
+        say(f"{output}  {len(data):,} bytes")
+    elif sys.stdout.isatty() and not raw:
+        pass_on(data.decode(errors="backslashreplace"), raw=False)
     else:
         sys.stdout.buffer.write(data)
         sys.stdout.flush()

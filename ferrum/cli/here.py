@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import click
 
-from ferrum.cli.options import COMPLETED, FAILED, view_json
+from ferrum.cli.options import COMPLETED, FAILED, say, view_json
 from ferrum.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def _follow_to_its_end(here: Here, run_id: str, *, as_json: bool) -> int:
         if not as_json:
             lines.echo(event)
             if hint := how_to_decide(event):
-                click.echo(hint)
+                say(hint)
     view = show(run_id)
     if as_json:
         view_json(view)
@@ -197,4 +197,4 @@ def echo_report(view: RunView, events: Sequence[Event]) -> None:
     from ferrum.follow import report, times
 
     click.echo()
-    click.echo(report(view, times(events, time.time())))
+    say(report(view, times(events, time.time())))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ferrum.cli.options import as_json_option, done, show_json
+from ferrum.cli.options import as_json_option, done, say, show_json
 from ferrum.errors import InputError
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def add_documents(
 
         added = _awaited(fill)
     for one in added.left_out:
-        click.echo(f"left out: {one.why}", err=True)
+        say(f"left out: {one.why}", err=True)
     value = asdict(added)
     del value["seen"]
     value["left_out"] = [{"name": one.name, "why": one.why} for one in added.left_out]
@@ -150,7 +150,7 @@ def search_index(name: str, query: str, *, filters: tuple[str, ...], as_json: bo
     for one in found:
         _show(one)
     if not found:
-        click.echo("nothing was found", err=True)
+        say("nothing was found", err=True)
 
 
 def _show(document: Document) -> None:
@@ -163,9 +163,9 @@ def _show(document: Document) -> None:
     place = [f"{document.source}:{lines}" if lines else document.source]
     place += [f"page {at['page']}"] if "page" in at else []
     place += [str(at[key]) for key in ("heading", "name") if key in at]
-    click.echo(f"{document.score:.3f}  {one_line('  '.join(place))}")
+    say(f"{document.score:.3f}  {one_line('  '.join(place))}")
     text = document.text if len(document.text) <= _SHOWN else f"{document.text[:_SHOWN]}…"
-    click.echo("".join(f"       {line}\n" for line in visible(text).split("\n")))
+    say("".join(f"       {line}\n" for line in visible(text).split("\n")))
 
 
 @index.command("list")
@@ -181,11 +181,11 @@ def list_indexes(as_json: bool) -> None:
         return
     for one, counts in found:
         held = f"{counts.sources:>7,} documents {counts.chunks:>9,} chunks"
-        click.echo(f"{one.name:<20}  {held}  {one.embedding} ({embedders.about(one.embedding)})")
+        say(f"{one.name:<20}  {held}  {one.embedding} ({embedders.about(one.embedding)})")
     for why in unreadable.values():
-        click.echo(why, err=True)
+        say(why, err=True)
     if not found and not unreadable:
-        click.echo("no indexes yet: make one with 'ferrum index create NAME'", err=True)
+        say("no indexes yet: make one with 'ferrum index create NAME'", err=True)
 
 
 @index.command("drop")

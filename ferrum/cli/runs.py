@@ -10,7 +10,18 @@ import click
 
 from ferrum.cli.here import Here, Lines, _status, echo_report, how_to_decide
 from ferrum.cli.inputs import input_file, read_inputs
-from ferrum.cli.options import INTERRUPTED, as_json_option, by_option, done, run_id_argument, show_json, user, view_json
+from ferrum.cli.options import (
+    INTERRUPTED,
+    as_json_option,
+    by_option,
+    done,
+    run_id_argument,
+    say,
+    say_json,
+    show_json,
+    user,
+    view_json,
+)
 from ferrum.errors import InputError, NotFound
 
 if TYPE_CHECKING:
@@ -44,9 +55,9 @@ def list_runs(limit: int, as_json: bool) -> None:
         return
     for one in found:
         created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(one["created_at"])))
-        click.echo(f"{one['run_id']}  {created}  {one['status']:<16}  {one['workflow']}")
+        say(f"{one['run_id']}  {created}  {one['status']:<16}  {one['workflow']}")
     if not found:
-        click.echo("no runs yet: start one with 'ferrum run FILE'", err=True)
+        say("no runs yet: start one with 'ferrum run FILE'", err=True)
 
 
 class _Names:
@@ -81,11 +92,11 @@ def show_run(run_id: str, as_json: bool) -> None:
         view_json(view)
         return
     why = f": {visible(view.reason)}" if view.reason else ""
-    click.echo(f"{view.run_id}  {view.workflow} {view.version}  {view.status}{why}")
+    say(f"{view.run_id}  {view.workflow} {view.version}  {view.status}{why}")
     if view.parent:
-        click.echo(f"  part of {view.parent[1]} of {view.parent[0]}")
+        say(f"  part of {view.parent[1]} of {view.parent[0]}")
     if view.origin:
-        click.echo(f"  {view.how} of {view.origin}")
+        say(f"  {view.how} of {view.origin}")
     rows = [
         (
             f"  {step.step_id}",
@@ -96,7 +107,7 @@ def show_run(run_id: str, as_json: bool) -> None:
         for step in view.steps
     ]
     for row in table(rows, left=4):
-        click.echo(row)
+        say(row)
     echo_report(view, record().events(run_id))
 
 
@@ -111,13 +122,13 @@ def watch_run(run_id: str, as_json: bool) -> int:
     try:
         for event in watch(run_id):
             if as_json:
-                click.echo(event.model_dump_json())
+                say_json(event.model_dump_json())
             else:
                 lines.echo(event)
                 if hint := how_to_decide(event):
-                    click.echo(hint)
+                    say(hint)
     except KeyboardInterrupt:
-        click.echo(f"\n{run_id} goes on", err=True)
+        say(f"\n{run_id} goes on", err=True)
         return INTERRUPTED
     return _status(show(run_id))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ferrum.cli.options import COMPLETED, FAILED, as_json_option, done, show_json
+from ferrum.cli.options import COMPLETED, FAILED, as_json_option, done, pass_on, raw_option, say, show_json
 from ferrum.errors import AuthorError
 
 if TYPE_CHECKING:
@@ -49,11 +49,11 @@ def list_sandboxes(as_json: bool) -> None:
         )
         return
     for runtime in runtimes.values():
-        click.echo(f"{runtime.name:<20} {runtime.text}")
-    click.echo()
+        say(f"{runtime.name:<20} {runtime.text}")
+    say()
     for probe in probes:
         held = f"works, memory is held by a {probe.memory_by}"
-        click.echo(f"{probe.kind.value:<20} {held if probe.works else probe.missing}")
+        say(f"{probe.kind.value:<20} {held if probe.works else probe.missing}")
 
 
 class _Runtime:
@@ -145,6 +145,7 @@ def drop(name: str, as_json: bool) -> None:
 )
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True, help="Seconds.")
 @click.option("--memory", type=click.IntRange(16), default=256, show_default=True, help="MiB.")
+@raw_option
 @as_json_option
 def run_code(
     *,
@@ -157,6 +158,7 @@ def run_code(
     to: Path,
     timeout: float,
     memory: int,
+    raw: bool,
     as_json: bool,
 ) -> int:
     """Run a program in a sandbox, on trial: nothing of it is recorded, and no policy is asked.
@@ -178,23 +180,22 @@ def run_code(
         timeout_s=timeout,
         memory=memory * 2**20,
     )
-    reply = asyncio.run(_run(act, given, settings(), quiet=as_json))
+    reply = asyncio.run(_run(act, given, settings(), quiet=as_json, raw=raw))
     for path, content in reply.files.items():
         _write(to / path, content)
     if as_json:
         show_json({**reply.model_dump(mode="json", exclude={"files"}), "files": sorted(reply.files)})
     elif reply.detail:
-        click.echo(f"ferrum: {reply.reason}: {reply.detail}", err=True)
+        say(f"ferrum: {reply.reason}: {reply.detail}", err=True)
     return COMPLETED if reply.reason == "ok" else FAILED
 
 
-async def _run(act: CodeRun, files: Mapping[str, bytes], settings: Settings, *, quiet: bool) -> CodeReply:
+async def _run(act: CodeRun, files: Mapping[str, bytes], settings: Settings, *, quiet: bool, raw: bool) -> CodeReply:
     from ferrum.sandbox.here import sandboxes
 
     def say(stream: str, text: str) -> None:
         if not quiet:
-            click.echo(text, nl=False, err=stream == "stderr")
-            (sys.stderr if stream == "stderr" else sys.stdout).flush()
+            pass_on(text, raw=raw, err=stream == "stderr")
 
     opened = sandboxes(settings)
     try:
@@ -218,4 +219,4 @@ def _write(path: Path, content: bytes) -> None:
             file.write(content)
     except OSError as error:
         raise AuthorError(f"{path} cannot be written: {error.strerror}") from error
-    click.echo(f"{path}  {len(content):,} bytes", err=True)
+    say(f"{path}  {len(content):,} bytes", err=True)

@@ -10,7 +10,7 @@ import click
 
 from ferrum.cli.here import Here
 from ferrum.cli.inputs import read_inputs
-from ferrum.cli.options import as_json_option, done, file_argument, show_json
+from ferrum.cli.options import as_json_option, done, file_argument, say, show_json
 
 if TYPE_CHECKING:
     from ferrum.schedules import Schedule, Schedules
@@ -88,7 +88,7 @@ def add_schedule(
     )
     done(_schedule_value(added), f"{added.name} is due at {_when(added, added.next_at)}", as_json)
     if not fires:
-        click.echo("no beat runs yet: nothing is started before 'celery -A ferrum beat' runs", err=True)
+        say("no beat runs yet: nothing is started before 'celery -A ferrum beat' runs", err=True)
 
 
 @schedule.command("list")
@@ -112,9 +112,9 @@ def list_schedules(as_json: bool) -> None:
         for one in found
     ]
     for row in table(rows, left=5) if rows else ():
-        click.echo(row)
+        say(row)
     if not found:
-        click.echo("no schedules yet: add one with 'ferrum schedule add FILE --cron …'", err=True)
+        say("no schedules yet: add one with 'ferrum schedule add FILE --cron …'", err=True)
 
 
 @schedule.command("show")
@@ -142,11 +142,11 @@ def show_schedule(name: str, as_json: bool) -> None:
         *(("next" if number == 0 else "", _when(found, at)) for number, at in enumerate(coming)),
         *((("error", visible(found.error)),) if found.error else ()),
     ]
-    click.echo(f"{found.name}  {found.id}")
+    say(f"{found.name}  {found.id}")
     for row in table([(f"  {label}", text) for label, text in rows], left=2):
-        click.echo(row)
+        say(row)
     if found.input:
-        click.echo(f"input\n{shown(found.input)}")
+        say(f"input\n{shown(found.input)}")
 
 
 @schedule.command("pause")

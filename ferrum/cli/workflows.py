@@ -10,7 +10,7 @@ import click
 
 from ferrum.cli.here import Here, _follow_to_its_end
 from ferrum.cli.inputs import read_inputs
-from ferrum.cli.options import COMPLETED, INTERRUPTED, as_json_option, done, file_argument, show_json
+from ferrum.cli.options import COMPLETED, INTERRUPTED, as_json_option, done, file_argument, say, show_json
 
 if TYPE_CHECKING:
     from ferrum.plan import Plan
@@ -28,7 +28,7 @@ def plan(file: Path, as_json: bool) -> None:
     if as_json:
         show_json(_plan_value(planned))
     else:
-        click.echo(str(planned))
+        say(str(planned))
 
 
 def _plan_value(planned: Plan) -> Mapping[str, object]:
@@ -111,13 +111,13 @@ def run(  # noqa: PLR0917 - click gives them by name
         here.stop()
         raise
     if detach:
-        show_json({"run_id": run_id}) if as_json else click.echo(run_id)
-        click.echo(f"watch it with: ferrum runs watch {run_id}", err=True)
+        show_json({"run_id": run_id}) if as_json else say(run_id)
+        say(f"watch it with: ferrum runs watch {run_id}", err=True)
         return COMPLETED
     try:
         status = _follow_to_its_end(here, run_id, as_json=as_json)
     except KeyboardInterrupt:
-        click.echo(
+        say(
             f"\n{run_id} goes on; watch it with: ferrum runs watch {run_id}\n"
             f"               or end it with: ferrum runs cancel {run_id}",
             err=True,
@@ -156,4 +156,4 @@ def list_workflows(as_json: bool) -> None:
     from ferrum.follow import table
 
     for row in table([(name, version, "newest" if newest else "") for name, version, newest in found], left=3):
-        click.echo(row)
+        say(row)
