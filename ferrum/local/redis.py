@@ -337,8 +337,8 @@ def answers(url: str) -> bool:
 
 
 def place(url: str) -> str:
-    """The address in a URL of Redis, without user, password and options."""
-    return url.rpartition("@")[2].rpartition("://")[2].partition("?")[0]
+    """The address in a URL of Redis, without user, password and options; without the scheme where it had a user."""
+    return url.rpartition("@")[2].partition("?")[0]
 
 
 def _ping(url: str) -> None:
