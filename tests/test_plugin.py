@@ -12,7 +12,6 @@ from pathlib import Path
 import processes
 import pytest
 from fleet import PATIENCE_S, eventually
-from preloading import into
 
 _MY_TASKS = """
 import os, time
@@ -114,7 +113,7 @@ class Project:
             [sys.executable, "-m", "pytest", "--basetemp", str(self.home / "base"), *options],
             cwd=self.home,
             # By its directory, whatever it starts is known for what it is.
-            env=into({**machine, **environ, "PYTHONPATH": str(self.home)}, "pytest"),
+            env={**machine, **environ, "PYTHONPATH": str(self.home)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

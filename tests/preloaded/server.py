@@ -42,7 +42,7 @@ _SLOW = (
     "ferrum.mcp.servers.git", "ferrum.mcp.servers.sandbox", "ferrum.models.calls", "ferrum.models.embeddings",
     "ferrum.primitives", "ferrum.retrieval.indexes", "ferrum.retrieval.sqlite", "ferrum.runs", "ferrum.schedules",
     "ferrum.sandbox.bubblewrap", "ferrum.sandbox.pool", "ferrum.testing.effects_server", "ferrum.testing.model_server",
-    "_pytest.config", "pytest", "ferrum.local.supervisor", "ferrum.follow", "ferrum.worker", "ferrum.executor",
+    "ferrum.local.supervisor", "ferrum.follow", "ferrum.worker", "ferrum.executor",
 )  # fmt: skip
 
 
