@@ -904,7 +904,7 @@ class Record(Connection):
         replies = self._patiently(lambda: self._at_once(ask))
         for (run_id, created_ms), (status, plan) in zip(pairs, replies, strict=True):
             if status is None:
-                self._redis.zrem(f"{base}:runs", run_id)
+                self._patiently(partial(self._redis.zrem, f"{base}:runs", run_id))
             else:
                 found.append(Summary(run_id, RunStatus(status), str(plan), created_ms / 1000))
         return found
@@ -941,9 +941,9 @@ class Record(Connection):
             scored = self._patiently(partial(self._redis.zrange, f"{base}:asks", 0, -1, withscores=True))
             for name, since_ms in cast("list[tuple[str, float]]", scored):
                 run_id, _, step_id = name.partition(" ")
-                status = self._redis.hget(f"{base}:run:{run_id}", "status")
+                status = self._patiently(partial(self._redis.hget, f"{base}:run:{run_id}", "status"))
                 if status is None or RunStatus(str(status)).ended:
-                    self._redis.zrem(f"{base}:asks", name)
+                    self._patiently(partial(self._redis.zrem, f"{base}:asks", name))
                 else:
                     found.append(Asked(run_id, step_id, since_ms / 1000))
         return sorted(found, key=lambda one: one.since)

@@ -164,6 +164,7 @@ class Sweeper:
                     log.critical("this worker cannot start: %s", unavailable(error))
                     raise WorkerShutdown(1) from error
                 self._away.began(error)
+                self._reap_from = time.monotonic() + self._config.lease
             # A stop that was asked for meanwhile.
             maybe_shutdown()
             time.sleep(0.2)

@@ -12,10 +12,8 @@ from typing import Any
 import pytest
 import redis
 from fleet import PATIENCE_S, Fleet, assert_events_agree, ended, eventually, happened
-from proxy import Proxy
 from redis import exceptions
 from redis._parsers.base import BaseParser
-from refusing import REFUSALS, refused
 
 import ferrum
 from ferrum.errors import NotFound, Unavailable
@@ -25,6 +23,8 @@ from ferrum.refusals import Refused, locked_out, passes, refusal
 from ferrum.results import RunStatus
 from ferrum.schedules import Beat
 from ferrum.scripts import CONNECT_TIMEOUT_S
+from ferrum.testing.proxy import Proxy
+from ferrum.testing.refusing import REFUSALS, refused
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A TCP proxy before a Redis that listens on a socket's path, whose connections can go silent, or be cut."""
+"""A TCP proxy before a Redis, whose connections can go silent, be cut, or lead to another one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ Rule = Callable[[bytes, bool], bool]
 
 
 class Proxy:
-    """`url` leads through the proxy, to the database of the `unix://` URL that it was made with."""
+    """`url` leads through the proxy to the Redis of the URL that it was made with, `unix://` or `redis://`.
 
-    def __init__(self, unix_url: str) -> None:
-        parts = urlsplit(unix_url)
-        self._path = parts.path
+    One thread carries all of it, so that what comes in is in order; for tests, not for speed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._to = url
         self._door = socket.create_server(("127.0.0.1", 0))
-        self.url = f"redis://{parts.netloc.rpartition('@')[0]}@127.0.0.1:{self._door.getsockname()[1]}/0"
+        self.url = f"redis://{urlsplit(url).netloc.rpartition('@')[0]}@127.0.0.1:{self._door.getsockname()[1]}/0"
         self._lock = threading.Lock()
         #: Both ends of each connection.
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
@@ -47,6 +49,10 @@ class Proxy:
         self.cut()
         self._door.close()
 
+    def lead_to(self, url: str) -> None:
+        """From here on new connections lead to another server, of the same password; those that there are stay."""
+        self._to = url
+
     def go_silent(self) -> None:
         """From here on nothing comes through the connections there are, and neither end hears of it."""
         with self._lock:
@@ -70,20 +76,20 @@ class Proxy:
                 with self._lock:
                     if key.fileobj is self._door:
                         self._accept()
-                    elif key.fileobj in self._selector.get_map() and key.fileobj not in self._silent:
-                        self._forward(key.fileobj, key.data)  # type: ignore[arg-type]
+                    elif (
+                        isinstance(end := key.fileobj, socket.socket) and end.fileno() >= 0 and end not in self._silent
+                    ):
+                        self._forward(end, key.data)
             if self._silent:
                 # What is silent is readable all the time.
                 threading.Event().wait(0.01)
 
     def _accept(self) -> None:
         one, _ = self._door.accept()
-        other = socket.socket(socket.AF_UNIX)
         try:
-            other.connect(self._path)
+            other = _connected(self._to)
         except OSError:
             one.close()
-            other.close()
             return
         self._pairs.append((one, other))
         self._selector.register(one, selectors.EVENT_READ, other)
@@ -106,6 +112,19 @@ class Proxy:
     def _forget(self, *ends: socket.socket) -> None:
         for end in ends:
             self._silent.discard(end)
-            if end in self._selector.get_map():
+            if end.fileno() >= 0:
                 self._selector.unregister(end)
-            end.close()
+                end.close()
+
+
+def _connected(url: str) -> socket.socket:
+    parts = urlsplit(url)
+    if parts.scheme != "unix":
+        return socket.create_connection((parts.hostname, parts.port or 6379))
+    to = socket.socket(socket.AF_UNIX)
+    try:
+        to.connect(parts.path)
+    except OSError:
+        to.close()
+        raise
+    return to

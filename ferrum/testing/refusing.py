@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import redis
-from fleet import eventually
+
+_PATIENCE_S = 60.0
+
+
+def _eventually(check: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _PATIENCE_S
+    while not check():
+        if time.monotonic() > deadline:
+            raise TimeoutError("the Redis that was to refuse does not")
+        time.sleep(0.02)
 
 
 @contextmanager
 def _readonly(client: redis.Redis) -> Iterator[None]:
     # Of a master that nobody is: it keeps its data, and whoever waits for a message is thrown out (UNBLOCKED).
-    client.execute_command("REPLICAOF", "127.0.0.1", "1")
+    client.replicaof("127.0.0.1", 1)
     try:
         yield
     finally:
-        client.execute_command("REPLICAOF", "NO", "ONE")
+        client.replicaof("NO", "ONE")
 
 
 @contextmanager
@@ -61,7 +72,7 @@ def _busy(client: redis.Redis) -> Iterator[None]:
             return str(error).startswith("BUSY ")
 
     try:
-        eventually(refuses)
+        _eventually(refuses)
         yield
     finally:
         client.script_kill()
@@ -72,27 +83,27 @@ def _busy(client: redis.Redis) -> Iterator[None]:
 @contextmanager
 def _misconf(client: redis.Redis) -> Iterator[None]:
     """A disk that takes nothing: there is a directory where the server wants to write its file."""
-    config = client.config_get()
+    config: Any = client.config_get()
     place = Path(config["dir"]) / config["dbfilename"]
 
     def saves(how: str) -> bool:
         return bool(client.info("persistence")["rdb_last_bgsave_status"] == how)
 
     # Else the only thing that is wrong would be that a save is under way.
-    eventually(lambda: not client.info("persistence")["rdb_bgsave_in_progress"])
+    _eventually(lambda: not client.info("persistence")["rdb_bgsave_in_progress"])
     place.unlink(missing_ok=True)
     (place / "full").mkdir(parents=True)
     client.config_set("save", "3600 1")
     try:
         client.bgsave()
-        eventually(lambda: saves("err"))
+        _eventually(lambda: saves("err"))
         yield
     finally:
         client.config_set("save", "")
         (place / "full").rmdir()
         place.rmdir()
         client.bgsave()
-        eventually(lambda: saves("ok"))
+        _eventually(lambda: saves("ok"))
 
 
 #: By the first word of what Redis says.
