@@ -27,6 +27,7 @@ from ferrum.local import redis as local_redis
 from ferrum.local.redis import PrivateRedis, alive, answers, celery_url, find_server, running
 from ferrum.local.supervisor import Local, Restarts, ensure
 from ferrum.settings import Settings, read
+from ferrum.testing.refusing import REFUSALS
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux ties a child to its parent")
 
@@ -181,6 +182,16 @@ def test_a_running_server_is_found_and_a_dead_one_is_forgotten(server: PrivateRe
     assert running(home) is None
     assert not (home / "redis.json").exists()
     assert not alive(home)
+
+
+def test_a_private_redis_that_is_busy_is_there(tmp_path: Path) -> None:
+    with (
+        PrivateRedis(tmp_path) as server,
+        redis.Redis.from_url(server.url, decode_responses=True) as client,
+        REFUSALS["BUSY"](client),
+    ):
+        assert running(tmp_path) == server.url
+        assert answers(server.url)
 
 
 def test_where_there_never_was_a_server_none_is_found(tmp_path: Path) -> None:

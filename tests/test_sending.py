@@ -278,3 +278,16 @@ def test_workflows_that_need_each_other_are_not_registered(queue: Queue) -> None
     with pytest.raises(WorkflowError, match="these workflows need each other: self -> self"):
         runs.register(needs("self", "self"))
     runs.register(needs("three"))
+
+
+def test_messages_whose_batch_failed_are_sent_one_by_one(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kombu.exceptions import BatchPublishError
+    from kombu.transport.redis import PublishBatch
+
+    def fail(self: PublishBatch) -> None:
+        self.discard()
+        raise BatchPublishError("delivery is uncertain")
+
+    monkeypatch.setattr(PublishBatch, "flush", fail)
+    ferrum.submit(workflow({"a": TASK, "b": TASK, "c": TASK}))
+    assert sorted(queue.take()) == ["a", "b", "c"]

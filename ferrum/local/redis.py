@@ -36,6 +36,7 @@ from redis.retry import Retry
 from ferrum.errors import Unavailable
 from ferrum.local.home import own, read_own
 from ferrum.local.process import end, log_size, open_log, tail, take_lock, tied
+from ferrum.refusals import refusal
 
 #: A socket's path is limited to 108 bytes on Linux and 104 on macOS, the closing zero included.
 _SOCKET_PATH_MAX = 100
@@ -328,11 +329,11 @@ def serve(home: Path, port: int | None, ready: Callable[[str], None]) -> None:
 
 
 def answers(url: str) -> bool:
-    """Whether a Redis at this URL lets us in and answers within five seconds."""
+    """Whether a Redis at this URL lets us in and answers within five seconds, were it that it refuses for now."""
     try:
         _ping(url)
-    except redis.exceptions.RedisError:
-        return False
+    except redis.exceptions.RedisError as error:
+        return refusal(error) is not None
     return True
 
 
