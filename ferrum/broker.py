@@ -127,6 +127,9 @@ _PAUSE_S: Final = 0.05
 #: What reading a connection gives for "one of your lists was written to".
 _WRITTEN: Final = object()
 
+#: What ends in a new connection. kombu counts KeyError among these, which may as well come of a message.
+_LOST: Final = (OSError, redis.exceptions.RedisError)
+
 #: Tags of questions whose answer was lost with its connection, by when. What was taken with one is put back at once.
 _unanswered: dict[str, float] = {}
 
@@ -434,7 +437,7 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
             return False
         try:
             return bool(self._deliver_fanout_message(message, exchange))
-        except (*self.connection_errors, redis.exceptions.RedisError):
+        except _LOST:
             raise
         except Exception:
             log.exception("what was broadcast to %s could not be received", exchange)
@@ -508,7 +511,7 @@ class _Sifting:
             return
         try:
             self._deliver(message, channel.queue_of(listed))  # type: ignore[attr-defined]
-        except (*channel.connection_errors, redis.exceptions.RedisError):
+        except _LOST:
             raise
         except Exception as error:
             log.exception("a message could not be received")

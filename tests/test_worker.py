@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -10,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from fleet import PATIENCE_S, Fleet, assert_events_agree, effects, ended, eventually, happened, lines
 from preloading import into
+from test_message_fuzz import a_run
 
 import ferrum
+from ferrum import runs
+from ferrum.broker import UNACKED, UNACKED_INDEX
+from ferrum.messages import MAX_DELIVERIES
 from ferrum.results import RunStatus
 
 #: As people start them; what ferrum starts itself loads less, and so do workers of other tests.
@@ -136,3 +142,38 @@ def test_a_worker_refuses_settings_that_it_does_not_understand(
     said = _refused(fleet, **environ)
     # Celery shows where it happened; what is wrong stands last.
     assert message in said.strip().splitlines()[-1]
+
+
+#: Ends each worker that is about to start a run.
+POISON = """
+import os
+from celery import signals
+
+@signals.task_prerun.connect(weak=False)
+def end(task=None, **_):
+    if task.name == "ferrum.run":
+        os._exit(9)
+"""
+
+
+def test_a_message_that_ends_every_worker_that_takes_it_becomes_a_dead_letter(fleet: Fleet, tmp_path: Path) -> None:
+    (tmp_path / "poison.py").write_text(POISON)
+    message = a_run()
+    task_id = message["headers"]["id"]
+    # So many workers have had it, the next one included; the one after that does not try.
+    message["properties"]["delivery_info"]["deliveries"] = MAX_DELIVERIES
+    environ = {"FERRUM_IMPORTS": "poison", "PYTHONPATH": f"{tmp_path}:{fleet.environ['PYTHONPATH']}"}
+    with redis.Redis.from_url(fleet.environ["FERRUM_REDIS_URL"], decode_responses=True) as client:
+        client.lpush("ferrum", json.dumps(message))
+        for _ in range(2):
+            fleet.launch(**environ)
+            eventually(lambda: fleet.workers[-1].poll() is not None or runs.dead_letters())
+            # As if nobody had renewed it for as long as it takes.
+            for tag in client.hkeys(UNACKED):
+                client.zadd(UNACKED_INDEX, {str(tag): 1})
+        (letter,) = runs.dead_letters()
+        kept: Any = client.get(f"celery-task-meta-{task_id}")
+    assert [worker.poll() for worker in fleet.workers] == [9, None]
+    assert letter.task_id == task_id
+    assert json.loads(kept)["result"] == {"error": letter.reason}
+    assert letter.reason.startswith("it was delivered 9 times and never answered")
