@@ -23,7 +23,7 @@ export UV_CACHE_DIR ?= $(CURDIR)/.tools/cache
 export PIP_NO_CACHE_DIR ?= 1
 endif
 
-.PHONY: help setup lock check test test-all demo bench clean
+.PHONY: help setup lock check test test-all counterparts demo bench clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -62,6 +62,9 @@ test: setup ## all tests, in parallel; of long chaos, fuzz and attack suites a f
 
 test-all: export FERRUM_TEST_SIZE ?= 10
 test-all: test ## the same, and the long suites whole
+
+counterparts: $(UV) ## programs of others that tests may use, in .tools; says what cannot be had
+	@$(PYTHON) .ci/counterparts.py
 
 demo: setup ## an agent as a durable workflow, on the repository it stands in
 	@$(BIN)/python examples/demo.py
