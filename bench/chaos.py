@@ -148,7 +148,7 @@ def failover(stage: Stage) -> None:
         replica.execute_command("REPLICAOF", "127.0.0.1", str(urlsplit(old.url).port))
         _wait_for(lambda: replica.info("replication")["master_link_status"] == "up")
         # It waits until the replica has all that the master took, and changes their places.
-        master.execute_command("FAILOVER", "TIMEOUT", "20000")
+        master.execute_command("FAILOVER", "TO", "127.0.0.1", str(urlsplit(new.url).port), "TIMEOUT", "20000")
         _wait_for(lambda: replica.info("replication")["role"] == "master")
     # Who asks for the master is told the old one for a while.
     time.sleep(stage.fault_s)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 _PATIENCE_S = 60.0
 
@@ -59,8 +61,12 @@ def _busy(client: redis.Redis) -> Iterator[None]:
     client.config_set("busy-reply-threshold", "1")
 
     def be_busy() -> None:
-        with suppress(redis.exceptions.ResponseError):
-            client.eval("while true do end", 0)
+        pool = client.connection_pool
+        # Waits for as long as it takes, and asks once: asked again, it would be busy again.
+        kwargs = {**pool.connection_kwargs, "socket_timeout": None, "retry": Retry(NoBackoff(), 0)}
+        own = redis.ConnectionPool(pool.connection_class, **kwargs)
+        with redis.Redis.from_pool(own) as busy, suppress(redis.exceptions.ResponseError):
+            busy.eval("while true do end", 0)
 
     thread = threading.Thread(target=be_busy)
     thread.start()
