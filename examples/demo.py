@@ -172,7 +172,7 @@ def ask(event: StepWaiting) -> bool:
         print("no terminal to ask at: the demo says yes by itself")
         approved, by = True, "demo"
     with suppress(Conflict):
-        decide(event.run_id, event.step, approved=approved, by=by, note="")
+        decide(event.run_id, event.step, approved=approved, by=by, note="", digest=event.digest)
     return approved
 
 

@@ -158,11 +158,18 @@ class Received(Request):  # type: ignore[misc] # Celery is untyped
         return dict(super().info(safe=True))
 
 
+class ReceivedStep(Received):
+    """Whether a step runs is decided by its run's record: nothing that Celery drops by itself comes back."""
+
+    def revoked(self) -> bool:
+        return False
+
+
 class StepTask(Task):  # type: ignore[misc] # Celery is untyped
     """One attempt at one step."""
 
     abstract = True
-    Request = Received
+    Request = ReceivedStep
     typing = False
     trail = False
     ignore_result = True

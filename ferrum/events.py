@@ -6,6 +6,7 @@ event's `id` is its place in the stream (`<ms>-<n>`) and can be used to take up 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -131,6 +132,12 @@ class StepWaiting(_StepEvent):
     act: JsonValue = None
     usage: Usage = Usage()
 
+    @property
+    def digest(self) -> str:
+        """sha256 over all that a person is shown, and when: the same question asked again is another one."""
+        text = json.dumps([self.id, self.run_id, self.step, self.message, self.act], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
 
 class StepResumed(_StepEvent):
     type: Literal["step.resumed"] = "step.resumed"
@@ -195,9 +202,13 @@ class StepSkipped(_StepEvent):
 
 
 class StepCancelled(_StepEvent):
-    """What it is inside of goes on no longer."""
+    """What it is inside of goes on no longer, or its Celery task was revoked."""
 
     type: Literal["step.cancelled"] = "step.cancelled"
+    #: Who revoked it; `None` where it is a part of what goes on no longer.
+    error: str | None = None
+    #: The run goes on as if it had completed without an output.
+    tolerated: bool = False
     #: What it had reserved: nobody knows what it used.
     usage: Usage = Usage()
 
@@ -330,7 +341,7 @@ def _apply(state: RunState, event: Event) -> None:  # noqa: PLR0912 - one case p
         case SignalReceived() | StepOutput():
             pass
         case StepCancelled():
-            state._change(event, status=StepStatus.CANCELLED)
+            state._change(event, status=StepStatus.CANCELLED, error=event.error)
         case StepKept():
             state._change(event, status=event.status, error=event.error)
             if event.status is not StepStatus.COMPLETED:

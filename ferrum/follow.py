@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ RUN: Final = "run"
 
 #: What a step waits for where it waits for a person.
 ASKS: Final = ("approval", "ask")
+
+_PADDING: Final = re.compile(r"\s{3,}")
 
 #: Longest text of a line, in characters: a line is for a glance, `ferrum runs show` has it whole.
 _LONGEST: Final = 160
@@ -115,7 +118,7 @@ def _said(event: Event) -> tuple[str, str, str]:  # noqa: PLR0911, PLR0912 - one
         case StepFailed():
             return "!", f"try {event.attempt}  {event.error}", "bad"
         case StepCancelled():
-            return "⊘", "cancelled, what it is part of goes on no longer", "quiet"
+            return "⊘", f"cancelled, {event.error or 'what it is part of goes on no longer'}", "quiet"
         case StepKept():
             return "=", f"{event.status}, taken over from {event.origin}", "quiet"
         case RunCompensating():
@@ -143,7 +146,8 @@ def _waiting(event: StepWaiting) -> tuple[str, str, str]:
     until = f" for at most {duration(event.wakes_in)}" if event.wakes_in is not None else ""
     said = event.message.strip().partition("\n")[0]
     if event.kind in ASKS:
-        return "⏸", f"waiting for a person{until}: {said}", "waits"
+        # What is asked is not one line's worth, and stands below.
+        return "⏸", f"waiting for a person{until}", "waits"
     if event.kind == "children":
         return "▾", said, "quiet"
     return "⏸", f"waits {said}" if event.kind != "limit" else f"waits for its turn, {said}", "waits"
@@ -173,7 +177,8 @@ def duration(seconds: float) -> str:
 
 def one_line(text: str, longest: int = _LONGEST) -> str:
     """Text on one line, shortened."""
-    flat = visible(" ".join(text.split("\n")).strip())
+    # No padding up to where a terminal breaks the line: what comes then would look like a line of ours.
+    flat = visible(_PADDING.sub("  ", " ".join(text.split("\n")).strip()))
     return flat if len(flat) <= longest else f"{flat[: longest - 1]}…"
 
 
@@ -223,7 +228,7 @@ def times(events: Iterable[Event], now: float | None = None) -> list[StepTime]:
             case StepWaiting() | StepLost():
                 _spend(one, doing.pop(step, None), event.at)
                 doing[step] = ("waiting", event.at)
-            case StepCompleted() | StepFailed() | StepSkipped():
+            case StepCompleted() | StepFailed() | StepSkipped() | StepCancelled():
                 _spend(one, doing.pop(step, None), event.at)
     for step, since in doing.items():
         _spend(found[step], since, since[1] if end is None else end)

@@ -42,7 +42,7 @@ from redis.client import Pipeline
 from ulid import ULID
 
 from ferrum.errors import Conflict, NotFound, did_you_mean
-from ferrum.events import Event, RunEnded, RunState, fold, read
+from ferrum.events import Event, RunCreated, RunEnded, RunState, StepWaiting, fold, read
 from ferrum.governance.budget import counters
 from ferrum.results import RunStatus, StepStatus, Usage
 from ferrum.scripts import Connection, Scripts
@@ -396,6 +396,9 @@ class Asked:
     run_id: str
     step_id: str
     since: float
+    #: The id of the event that says what is asked, and how often the step has asked so far.
+    event: str
+    times: int
 
 
 class Lost(Exception):
@@ -604,15 +607,16 @@ class Record(Connection):
 
     # What people do to a run.
 
-    def decide(self, run_id: str, step_id: str, verdict: Verdict) -> tuple[Resend, ...]:
+    def decide(self, run_id: str, step_id: str, verdict: Verdict, asked: str = "") -> tuple[Resend, ...]:
         """Answer what waits for a person; returns what must be sent.
 
-        Raises `NotFound`, and `Conflict` for a second answer.
+        `asked` is the id of the event with what they were shown; where it is empty they are not asked what they saw.
+        Raises `NotFound`, and `Conflict` for a second answer, and where the step asks for something else by now.
         """
         data = {"approved": verdict.approved, "by": verdict.by, "note": verdict.note}
         # The time makes this answer ours: when the reply is lost and we ask again, we know it.
         text = _dumps({**data, "at": time.time_ns()})
-        reply = self._run("decide", run_id, run_id, step_id, text, _dumps(data), int(verdict.approved))
+        reply = self._run("decide", run_id, run_id, step_id, text, _dumps(data), int(verdict.approved), asked)
         if reply[0] == "ok":
             return _sends(reply[2])
         state, first = str(reply[1]), str(reply[2])
@@ -624,9 +628,9 @@ class Record(Connection):
             raise NotFound(f"run {run_id!r} has no step {step_id!r}")
         if first:
             raise Conflict(f"{step_id!r} of run {run_id!r} {_said(first)}; a decision is final")
-        where, _, status = state.rpartition(" ")
-        who = f"the {where}" if where else "it"
-        raise Conflict(f"{step_id!r} of run {run_id!r} waits for no decision: {who} is {status}")
+        if state == "another":
+            raise Conflict(f"{step_id!r} of run {run_id!r} asks for something else by now: look again, then decide")
+        raise Conflict(f"{step_id!r} of run {run_id!r} waits for no decision: {_who_is(state)}")
 
     def signal(self, run_id: str, name: str, envelope: str, by: str) -> tuple[Resend, ...]:
         """Hand a signal to the step that waits for it, or keep it until one does; returns what must be sent.
@@ -647,6 +651,20 @@ class Record(Connection):
         reply = self._run("cancel", run_id, run_id, _dumps(data), str(ULID()))
         _live(run_id, reply)
         return _sends(reply[2])
+
+    def revoke(self, run_id: str, step_id: str, why: str) -> tuple[Resend, ...]:
+        """Cancel one step of a run, whatever it does; returns what must be sent.
+
+        Raises `NotFound`, and `Conflict` for a step that has ended or was not begun.
+        """
+        reply = self._run("revoke", run_id, run_id, step_id, why)
+        if reply[0] == "ok":
+            return _sends(reply[2])
+        if reply[1] == "missing":
+            raise NotFound(f"there is no run {run_id!r}; it may have been removed after its time")
+        if reply[1] == "no step":
+            raise NotFound(f"run {run_id!r} has no step {step_id!r}")
+        raise Conflict(f"{step_id!r} of run {run_id!r} cannot be revoked: {_who_is(str(reply[1]))}")
 
     def nudge(self, run_id: str) -> tuple[Resend, ...]:
         """Wake what waits for its time and send again what is ready. Raises `NotFound` and `Conflict`."""
@@ -933,20 +951,55 @@ class Record(Connection):
 
         return any(self._patiently(lambda: self._at_once(count)))
 
-    def asked(self) -> list[Asked]:
-        """What waits for a person, oldest first."""
+    def asked(self, run_id: str | None = None) -> list[Asked]:
+        """What waits for a person, oldest first: of one run, or of all."""
+        bases = [base_of(run_id)] if run_id else _PARTITIONS
+        found = [one for base in bases for one in self._asked_in(base)]
+        return sorted((one for one in found if run_id in (None, one.run_id)), key=lambda one: one.since)
+
+    def _asked_in(self, base: str) -> list[Asked]:
+        scored = self._patiently(partial(self._redis.zrange, f"{base}:asks", 0, -1, withscores=True))
+        pairs = [(name.split(" "), since_ms) for name, since_ms in cast("list[tuple[str, float]]", scored)]
+
+        def ask(pipe: Pipeline) -> None:
+            for (run_id, step_id), _ in pairs:
+                pipe.hget(f"{base}:run:{run_id}", "status")
+                pipe.hget(f"{base}:steps:{run_id}", step_id)
+
+        replies = iter(self._patiently(lambda: self._at_once(ask)) if pairs else ())
         found: list[Asked] = []
-        for partition in range(PARTITIONS):
-            base = _base(partition)
-            scored = self._patiently(partial(self._redis.zrange, f"{base}:asks", 0, -1, withscores=True))
-            for name, since_ms in cast("list[tuple[str, float]]", scored):
-                run_id, _, step_id = name.partition(" ")
-                status = self._patiently(partial(self._redis.hget, f"{base}:run:{run_id}", "status"))
-                if status is None or RunStatus(str(status)).ended:
-                    self._patiently(partial(self._redis.zrem, f"{base}:asks", name))
-                else:
-                    found.append(Asked(run_id, step_id, since_ms / 1000))
-        return sorted(found, key=lambda one: one.since)
+        for ((run_id, step_id), since_ms), status, raw in zip(pairs, replies, replies, strict=True):
+            state = json.loads(raw) if raw else {}
+            if status is None or RunStatus(status).ended or "ak" not in state:
+                self._patiently(partial(self._redis.zrem, f"{base}:asks", f"{run_id} {step_id}"))
+            else:
+                found.append(Asked(run_id, step_id, since_ms / 1000, state["ak"], state["an"]))
+        return found
+
+    def asks(self, asked: Sequence[Asked]) -> list[StepWaiting | None]:
+        """The events with what is asked; `None` where a run is gone."""
+
+        def ask(pipe: Pipeline) -> None:
+            for one in asked:
+                pipe.xrange(f"{base_of(one.run_id)}:events:{one.run_id}", one.event, one.event)
+
+        replies = self._patiently(lambda: self._at_once(ask)) if asked else []
+        return [
+            cast("StepWaiting", read(one.run_id, *entries[0])) if entries else None
+            for one, entries in zip(asked, replies, strict=True)
+        ]
+
+    def created(self, run_ids: Iterable[str]) -> dict[str, RunCreated]:
+        """The first event of each of these runs; those that are gone are left out."""
+        names = list(run_ids)
+
+        def ask(pipe: Pipeline) -> None:
+            for run_id in names:
+                pipe.xrange(f"{base_of(run_id)}:events:{run_id}", count=1)
+
+        replies = self._patiently(lambda: self._at_once(ask)) if names else []
+        first = {run_id: read(run_id, *entries[0]) for run_id, entries in zip(names, replies, strict=True) if entries}
+        return {run_id: event for run_id, event in first.items() if isinstance(event, RunCreated)}
 
     # How it is asked.
 
@@ -998,6 +1051,12 @@ def _said(text: str) -> str:
     if verdict.expired:
         return "was not decided in time"
     return f"was {'approved' if verdict.approved else 'rejected'} by {verdict.by or 'someone'}"
+
+
+def _who_is(state: str) -> str:
+    """`run failed` is about the run, all else about the step."""
+    status = state.removeprefix("run ")
+    return f"it is {state}" if status == state else f"the run is {status}"
 
 
 def _ended(reply: list[Any]) -> Ended:

@@ -50,6 +50,10 @@ class RunView(BaseModel):
     ended_at: float | None
 
 
+#: Characters of a digest that are shown and are enough to name it.
+SHORT = 16
+
+
 class Approval(BaseModel):
     """Something that waits for a person."""
 
@@ -63,6 +67,10 @@ class Approval(BaseModel):
     #: The act itself, as it would be sent, where the policy asks about one.
     act: JsonValue
     since: float
+    #: Of all that is shown: a decision names it, and counts for nothing else.
+    digest: str
+    #: How often the step has asked so far, this time included.
+    times: int
 
 
 class RunFailed(FerrumError):
@@ -181,35 +189,60 @@ def _opened(envelope: str | None, store: Artifacts) -> JsonValue:
     return store.resolve(Kept.loads(envelope)) if envelope else None
 
 
-def approvals() -> list[Approval]:
-    """What waits for a person, oldest first."""
-    return [found for one in record().asked() if (found := _approval(one))]
+def approvals(run_id: str | None = None) -> list[Approval]:
+    """What waits for a person, oldest first: of one run, or of all."""
+    asked = record().asked(run_id)
+    begun = record().created(dict.fromkeys(one.run_id for one in asked))
+    return [
+        Approval(
+            run_id=one.run_id,
+            step_id=one.step_id,
+            workflow=begun[one.run_id].workflow,
+            message=event.message,
+            act=event.act,
+            since=one.since,
+            digest=event.digest,
+            times=one.times,
+        )
+        for one, event in zip(asked, record().asks(asked), strict=True)
+        if event is not None and one.run_id in begun
+    ]
 
 
-def _approval(asked: Asked) -> Approval | None:
-    events = record().events(asked.run_id)
-    state = next((event for event in events if event.type == "run.created"), None)
-    asks = [event for event in events if event.type == "step.waiting" and event.step == asked.step_id]
-    if state is None or not asks:
-        return None
-    return Approval(
-        run_id=asked.run_id,
-        step_id=asked.step_id,
-        workflow=state.workflow,
-        message=asks[-1].message,
-        act=asks[-1].act,
-        since=asked.since,
-    )
-
-
-def decide(run_id: str, step_id: str | None = None, *, approved: bool, by: str, note: str = "") -> str:
+def decide(
+    run_id: str, step_id: str | None = None, *, approved: bool, by: str, note: str = "", digest: str | None = None
+) -> str:
     """Answer what waits for a person; returns the step that was answered.
 
-    Without `step_id` it is the one that waits. Raises `NotFound`, and `Conflict` when it was answered before.
+    `digest` is the `Approval.digest` of what the person saw, or its first 16 characters or more. Without it, the step
+    must not have asked for anything else before. Without `step_id` it is the one that waits. Raises `NotFound`, and
+    `Conflict` when it was answered before, and when it asks for something else than the person saw.
     """
     step = step_id or _one_that_waits(run_id)
-    _send(record().decide(run_id, step, Verdict(approved, by, note)))
+    # Not the empty id: what is asked from now on was seen by nobody.
+    event = "-"
+    if asked := next((one for one in record().asked(run_id) if one.step_id == step), None):
+        _refuse_unseen(asked, digest)
+        event = asked.event
+    _send(record().decide(run_id, step, Verdict(approved, by, note), event))
     return step
+
+
+def _refuse_unseen(asked: Asked, digest: str | None) -> None:
+    [event] = record().asks([asked])
+    current = event.digest if event is not None else ""
+    where = f"{asked.step_id!r} of run {asked.run_id!r}"
+    if digest is None and asked.times > 1:
+        raise Conflict(
+            f"{where} asks for the {_nth(asked.times)} time: say what you saw, which is digest={current[:SHORT]!r} for "
+            "what it asks now (ferrum approvals list shows it)"
+        )
+    if digest is not None and (len(digest) < SHORT or not current.startswith(digest)):
+        raise Conflict(f"{where} asks for something else by now, not {digest!r}: look again, then decide")
+
+
+def _nth(times: int) -> str:
+    return {2: "second", 3: "third"}.get(times, f"{times}th")
 
 
 def signal(run_id: str, name: str, data: JsonValue = None, *, by: str = "") -> None:
@@ -222,7 +255,7 @@ def signal(run_id: str, name: str, data: JsonValue = None, *, by: str = "") -> N
 
 def _one_that_waits(run_id: str) -> str:
     record().status(run_id)
-    waiting = [one.step_id for one in record().asked() if one.run_id == run_id]
+    waiting = [one.step_id for one in record().asked(run_id)]
     if len(waiting) == 1:
         return waiting[0]
     if not waiting:

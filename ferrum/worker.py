@@ -7,7 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Protocol
 
 import click
@@ -19,7 +20,7 @@ from celery.worker.consumer.control import Control
 from celery.worker.state import maybe_shutdown
 
 from ferrum.broker import renew
-from ferrum.errors import NotFound, SettingsError, Unavailable
+from ferrum.errors import AuthorError, NotFound, SettingsError, Unavailable
 from ferrum.executor import Executor, Holds, Shared
 from ferrum.record import Record, Resend
 from ferrum.refusals import passes
@@ -278,10 +279,11 @@ def install(app: Celery, process: Process) -> None:
         def start(self, parent: Any) -> None:
             from ferrum import remote
 
+            revoke = partial(_in_background, partial(_revoke, app, process))
             is_locked = remote.locked(parent.conninfo.as_uri(include_password=True))
             for step in parent.steps:
                 if isinstance(step, Control):
-                    step.box.node.handlers = remote.handlers(locked=is_locked)
+                    step.box.node.handlers = remote.handlers(locked=is_locked, revoke=revoke)
 
     class Custody(bootsteps.StartStopStep):  # type: ignore[misc]
         """Keeps the messages that this worker holds from being redelivered while it lives.
@@ -308,6 +310,24 @@ def install(app: Celery, process: Process) -> None:
     _import_users_tasks(app)
     if app.conf.worker_pool == "threads":
         app.conf.worker_pool = "ferrum.pool:Threads"
+
+
+def _in_background(call: Callable[..., None], *arguments: object) -> None:
+    """What asks Redis patiently is not waited for by a worker's consumer."""
+    threading.Thread(target=call, args=arguments, name="ferrum-revoke", daemon=True).start()
+
+
+def _revoke(app: Celery, process: Process, steps: Iterable[tuple[str, str]], why: str) -> None:
+    executor = process.executor()
+    for run_id, step_id in steps:
+        try:
+            send(app, executor.plan_of, executor.record.revoke(run_id, step_id, why))
+            log.info("%s.%s is cancelled: %s", run_id, step_id, why)
+        except AuthorError as error:
+            # Of all workers that hear of it one is the first.
+            log.debug("%s", error)
+        except Unavailable as error:
+            log.error("%s.%s was not revoked: %s", run_id, step_id, error)
 
 
 def _listen(process: Process) -> None:
@@ -340,6 +360,12 @@ def _check_settings(app: Celery) -> None:
                 f"the celeryconfig that was found sets {name} = {app.conf[name]!r}; ferrum needs {value!r}, or a "
                 "killed worker loses steps. Remove it there, or start the worker from another directory"
             )
+    limited = [name for name, task in app.tasks.items() if name.startswith("ferrum.") and task.rate_limit]
+    if limited:
+        raise SettingsError(
+            f"the celeryconfig that was found gives {limited[0]} a rate limit, for which a worker would keep messages "
+            "that it took. Remove it there; steps have 'rate' and 'concurrency', which all workers keep"
+        )
 
 
 def _import_users_tasks(app: Celery) -> None:

@@ -166,7 +166,15 @@ def test_a_yes_does_not_carry_over_to_other_arguments(fleet: Fleet, redis_url: s
     assert isinstance(first.act, dict)
     assert isinstance(second.act, dict)
     assert len(first.act["messages"]) < len(second.act["messages"])  # type: ignore[arg-type]
-    ferrum.decide(run_id, approved=True, by="ada")
+    # Bob saw the first, too, and is late: his yes is not one to what he has not seen.
+    with pytest.raises(Conflict, match=r"'act' of run .* asks for something else by now, not .*: look again"):
+        ferrum.decide(run_id, approved=True, by="bob", digest=first.digest)
+    with pytest.raises(Conflict, match="asks for the second time: say what you saw"):
+        ferrum.decide(run_id, approved=True, by="bob")
+    with pytest.raises(Conflict, match="asks for something else by now"):
+        ferrum.decide(run_id, approved=True, by="bob", digest=second.digest[:8])
+    assert (first.times, second.times) == (1, 2)
+    ferrum.decide(run_id, approved=True, by="ada", digest=second.digest[:16])
     assert ferrum.wait(run_id, timeout_s=PATIENCE_S) == {"r": 1}
     assert [decision.effect for decision in happened(run_id, "act.decided")] == [
         "ask",

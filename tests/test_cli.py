@@ -18,15 +18,17 @@ import jsonschema
 import processes
 import pytest
 import yaml
+from by_hand import ByHand
 from fleet import PATIENCE_S, Fleet, ended, eventually, status_of
 from preloading import into
 
-from ferrum import cli
+import ferrum
+from ferrum import cli, runs
 from ferrum.cli.inputs import read_inputs
 from ferrum.errors import InputError
 from ferrum.local.redis import PrivateRedis
 from ferrum.plan import Plan
-from ferrum.results import RunStatus
+from ferrum.results import RunStatus, Usage
 from ferrum.testing.environment import environment
 from ferrum.workflow import Workflow
 
@@ -495,3 +497,68 @@ def test_on_a_redis_that_was_named_a_run_starts_no_worker_says_so_and_waits_for_
                 assert ended(later.stdout.strip()).status == "completed"
             finally:
                 fleet.stop()
+
+
+# What a person sees before they decide.
+
+
+FORGED = (
+    "Send it?" + " " * 200 + "run_01M7XGY8X2ZBA8A3S9SDRW4FGQ gate  x\x1b[2K\n  ferrum approvals approve " + "y" * 200
+)
+
+
+def test_what_is_asked_is_shown_whole_and_no_line_of_it_looks_like_one_of_ours(
+    worker: Fleet, ran: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = ran("run", workflow(tmp_path, {"gate": {"type": "approval", "message": FORGED}}), "--detach")
+    run_id = out.strip()
+    eventually(lambda: status_of(run_id) is RunStatus.WAITING_APPROVAL)
+    digest = next(one.digest for one in ferrum.approvals() if one.run_id == run_id)
+    approve = f"  ferrum approvals approve {run_id} gate --digest {digest[:16]}   (or reject)"
+    from ferrum.cli.here import how_to_decide
+
+    [event] = [one for one in runs.record().events(run_id) if one.type == "step.waiting"]
+    _, listed, _ = ran("approvals", "list")
+    for text in (listed[listed.index(run_id) :].split("\nrun_")[0], f"{run_id} gate\n{how_to_decide(event)}"):
+        first, *lines = text.rstrip().split("\n")
+        last = lines.pop(lines.index(approve))
+        assert first.startswith(f"{run_id} gate")
+        assert all(line.startswith("  |") and len(line) <= 80 for line in lines[: lines.index(lines[-1]) + 1])
+        whole = "".join(line[4:] for line in lines).replace(" ", "")
+        assert "sendit?run_01m7xgy8x2zba8a3s9sdrw4fgqgatex\\x1b[2k" in whole.lower()
+        assert "y" * 200 in whole
+        assert last == approve
+    status, _, err = ran("approvals", "approve", run_id, "--digest", "0" * 16)
+    assert (status, "asks for something else by now" in err) == (2, True)
+    status, out, err = ran("approvals", "approve", run_id, "gate", "--digest", digest, "--by", "kim")
+    assert (status, out) == (0, f"gate of {run_id} is approved by kim\n")
+
+
+def test_an_act_is_approved_by_its_digest_or_by_whoever_has_just_seen_it(
+    clean_redis: str, ran: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asking() -> tuple[str, str]:
+        run = ByHand(runs.record(), {"a": []})
+        run.begin("a")
+        act = {"tool": "git.push", "arguments": {"to": "x"}}
+        data = {"attempt": 1, "message": "tool git.push: ask[0]", "act": act}
+        signature = json.dumps(run.plan.signature(run.run_id, "a"))
+        runs.record().park(run.held["a"], "ask", signature, data, wake_in_s=None, usage=Usage())
+        [asked] = ferrum.approvals(run.run_id)
+        return run.run_id, asked.digest
+
+    run_id, digest = asking()
+    status, _, err = ran("approvals", "approve", run_id)
+    assert status == 2
+    assert '  |   "tool": "git.push"' in err
+    assert f"add --digest {digest[:16]} to approve this, or --yes to approve whatever waits" in err
+    assert ran("approvals", "approve", run_id, "--yes")[0] == 0
+    assert ran("approvals", "approve", run_id)[0] == 2
+    run_id, _ = asking()
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    for answer, approved in (("n", False), ("y", True)):
+        monkeypatch.setattr("click.termui.visible_prompt_func", lambda _: answer)  # noqa: B023
+        assert (ran("approvals", "approve", run_id)[0] == 0) is approved
+    run_id, digest = asking()
+    assert ran("approvals", "reject", run_id, "--by", "kim")[0] == 0

@@ -218,7 +218,8 @@ class Story:
     def run(self, block: Block) -> None:
         text = block.text
         if "RUN_ID" in text:
-            text = text.replace("RUN_ID", eventually(ferrum.approvals)[0].run_id)
+            asked = eventually(ferrum.approvals)[0]
+            text = text.replace("RUN_ID", asked.run_id).replace("DIGEST", asked.digest[:16])
         if block.language == "python":
             command = [sys.executable, "-W", "error", "-c", text]
         else:

@@ -30,7 +30,7 @@ def event(at_s: float, type: str, step: str = "", /, **data: Any) -> Event:
         ),
         (
             event(1, "step.waiting", "a", kind="approval", message="Go on?\nWhy not"),
-            "⏸ a    waiting for a person: Go on?",
+            "⏸ a    waiting for a person",
         ),
         (event(1, "step.completed", "a", attempt=2, seconds=8.1), "← a    try 2  8.1 s"),
         (event(1, "step.failed", "a", attempt=1, error="the model\nrefused"), "! a    try 1  the model refused"),

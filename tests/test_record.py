@@ -1459,3 +1459,35 @@ def test_a_full_redis_is_waited_for(redis_url: str, client: redis.Redis) -> None
         client.config_set("maxmemory", "0")
         patient.close_connections()
     assert patient.status(run.run_id) is RunStatus.COMPLETED
+
+
+def test_a_decision_counts_for_what_was_seen_alone(record: Record) -> None:
+    run = ByHand(record, {"a": []})
+    for _ in range(2):
+        run.begin("a")
+        run.park("a", "ask")
+        [asked] = record.asked(run.run_id)
+        with pytest.raises(Conflict, match="asks for something else by now"):
+            record.decide(run.run_id, "a", YES, "1-1")
+        record.decide(run.run_id, "a", YES, asked.event)
+    assert asked.times == 2
+
+
+def test_what_waits_for_a_person_is_found_at_a_cost_for_each_that_does_not_grow(
+    record: Record, client: redis.Redis
+) -> None:
+    def commands(count: int) -> int:
+        run = ByHand(record, {f"s{number}": [] for number in range(count)})
+        for step in run.plan.steps:
+            run.begin(step)
+            run.park(step, "ask")
+        before: Any = client.info("commandstats")
+        found = record.asks(record.asked(run.run_id))
+        assert len(found) == count
+        after: Any = client.info("commandstats")
+        read = {name: after[name]["calls"] - before.get(name, {"calls": 0})["calls"] for name in after}
+        record.cancel(run.run_id, "ann")
+        return read.get("cmdstat_xrange", 0) + read.get("cmdstat_hget", 0) + read.get("cmdstat_zrange", 0)
+
+    commands(1)
+    assert commands(40) <= 40 * 3 + 20

@@ -183,13 +183,34 @@ class Lines:
 
 
 def how_to_decide(event: Event) -> str | None:
-    """What to type where an event says that a person is waited for."""
+    """What is asked, and what to type, where an event says that a person is waited for."""
     from ferrum.events import StepWaiting
     from ferrum.follow import ASKS
 
     if not isinstance(event, StepWaiting) or event.kind not in ASKS:
         return None
-    return f"{'':>12}ferrum approvals approve {event.run_id} {event.step}   (or reject)"
+    return "\n".join([*asks(event.message, event.act), *how_to_answer(event.run_id, event.step, event.digest)])
+
+
+def asks(message: str, act: JsonValue) -> Iterator[str]:
+    """All that a person is asked, as a quotation: whatever it says, no line of it looks like one of ours."""
+    from ferrum.follow import shown
+    from ferrum.terminal import quoted
+
+    yield quoted(message)
+    if act is not None:
+        yield quoted(shown(act))
+
+
+def how_to_answer(run_id: str, step_id: str, digest: str) -> Iterator[str]:
+    """What to type, on a line of its own that no terminal breaks in the middle of a quotation."""
+    yield f"  ferrum approvals approve {run_id} {step_id} --digest {short(digest)}   (or reject)"
+
+
+def short(digest: str) -> str:
+    from ferrum.runs import SHORT
+
+    return digest[:SHORT]
 
 
 def echo_report(view: RunView, events: Sequence[Event]) -> None:

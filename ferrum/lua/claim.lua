@@ -1,12 +1,12 @@
 -- ARGV: run, step, token, worker, lease ms.
 -- Returns {'run', plan, attempt, failed tries, verdict, bound, grants JSON, input, memory, signal envelope, tenant,
 -- then (name, status, output)… of its needs and of what else it reads, items of frames among them},
--- {'skipped', close, sends}, {'pass'} (ended before; its canvas may go on), {'close', 1, {}} (ended, but
+-- {'skipped', close, sends} (or cancelled), {'pass'} (ended before; its canvas may go on), {'close', 1, {}} (ended, but
 -- the run is not closed) or {'drop', why}.
 local step, token = ARGV[2], ARGV[3]
 local here = node(step)
 local status, state = live(here), load(step)
-if state.s == 'skipped' and state.k == token then
+if (state.s == 'skipped' or state.s == 'cancelled') and state.k == token then
   return status and conclude(step, here, state, true, 'skipped') or { 'skipped', 0, {} }
 end
 if not status then return { 'drop', 'its run has ended' } end
@@ -44,7 +44,7 @@ for i = 1, #here.n do
   local need = parse(needs[i])
   if not ENDED[need.s] then return { 'drop', 'what it needs has not ended' } end
   needs[i] = need
-  if (need.s == 'failed' and not need.y) or need.c then state.c = state.c or need.c or prefix .. here.n[i] end
+  if (UNDONE[need.s] and not need.y) or need.c then state.c = state.c or need.c or prefix .. here.n[i] end
   if need.s == 'skipped' then skipped = skipped + 1 end
 end
 
@@ -60,7 +60,8 @@ if status == 'queued' then
   emit('run.started', '', '{}')
   start_clock()
 end
-if state.c then return skip(step, here, state, token, "'" .. state.c .. "' failed") end
+if state.rv then return revoked(step, here, state, token) end
+if state.c then return skip(step, here, state, token, "'" .. state.c .. "' " .. HOW[load(state.c).s]) end
 if skipped > 0 and skipped == #here.n then
   return skip(step, here, state, token, 'all that it needs was skipped')
 end

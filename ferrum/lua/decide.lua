@@ -1,4 +1,5 @@
--- A person decided. ARGV: run, step, verdict JSON, data JSON, approved ('1' or '0').
+-- A person decided. ARGV: run, step, verdict JSON, data JSON, approved ('1' or '0'), id of the event with what
+-- they saw ('' for whichever it is).
 -- Returns {'ok', 0, sends}, or {'no', what it is instead, the verdict that was first ('')}.
 local step = ARGV[2]
 local status = redis.call('HGET', run_key, 'status')
@@ -14,6 +15,7 @@ if state.s == 'pending' and state.v == ARGV[3] then
   return { 'ok', 0, sends }
 end
 if state.s ~= 'waiting' or not ASKS[state.p] then return { 'no', state.s, state.v or '' } end
+if ARGV[6] ~= '' and state.ak ~= ARGV[6] then return { 'no', 'another', '' } end
 state.v = ARGV[3]
 if ARGV[5] == '1' and state.b then
   state.g = state.g or {}

@@ -11,6 +11,8 @@
 --   q acts decided in this claim        j pieces that it said in this claim
 --   o the limit that one of its acts would have passed
 --   y 1 when it failed and may          m what it asked to be told again, JSON
+--   ak id of the event with what a person was asked last           an how often one was asked
+--   rv why it was revoked, before it could run
 --   z the frames that it waits for      u the run that it waits for  h the signal that came for it, an envelope
 --   same 1 when the next claim goes on with the same attempt
 -- `n:<step>` counts its needs that ended; `x:<segment>` says that a step of that canvas was sent alone; `i:<frame>` is
@@ -42,6 +44,8 @@ open(run_id)
 
 local LIVE = { queued = true, running = true, waiting_approval = true }
 local ENDED = { completed = true, failed = true, skipped = true, cancelled = true }
+-- What depends on a cancelled step goes on as behind a failed one.
+local UNDONE = { failed = true, cancelled = true }
 local ASKS = { approval = true, ask = true }
 -- Who waits for these is not counted: what it waits for is.
 local INSIDE = { children = true }
@@ -519,6 +523,7 @@ local function last_ended()
   return 0
 end
 
+local HOW = { failed = 'failed', cancelled = 'was cancelled' }
 -- The last thing of a step that ended (`state` is saved): what follows it, and whether its run ended with it.
 local function conclude(step, here, state, again, code)
   local close = 0
@@ -530,7 +535,7 @@ local function conclude(step, here, state, again, code)
   end
   if here.kr then
     if not again then
-      if state.s == 'failed' then
+      if UNDONE[state.s] then
         local before = redis.call('HGET', run_key, 'not_undone')
         local name = "'" .. parent_of(step) .. "'"
         redis.call('HSET', run_key, 'not_undone', before and before .. ', ' .. name or name)
@@ -539,7 +544,7 @@ local function conclude(step, here, state, again, code)
     end
   else
     local frame = frame_of(step, here)
-    local failed = state.s == 'failed' and not state.y
+    local failed = UNDONE[state.s] and not state.y
     advance(step, here, state, again)
     if frame then
       if not again then
@@ -562,7 +567,7 @@ local function conclude(step, here, state, again, code)
       if again then
         left = tonumber(redis.call('HGET', run_key, 'left'))
       else
-        if failed then redis.call('HSETNX', run_key, 'failed', "'" .. step .. "' failed") end
+        if failed then redis.call('HSETNX', run_key, 'failed', "'" .. step .. "' " .. HOW[state.s]) end
         left = redis.call('HINCRBY', run_key, 'left', -1)
       end
       if left == 0 then close = last_ended() end
@@ -572,6 +577,15 @@ local function conclude(step, here, state, again, code)
   return { code, close, sends }
 end
 
+-- A step that was revoked before it could run, now that it could.
+local function revoked(step, here, state, token)
+  state.s, state.k, state.y = 'cancelled', token, here.y
+  local data = { attempt = state.a, error = state.rv, tolerated = here.y and true or nil }
+  state.e = emit('step.cancelled', step, cjson.encode(data))
+  save(step, state)
+  return conclude(step, here, state, false, 'skipped')
+end
+
 local function skip(step, here, state, token, reason)
   state.s, state.k = 'skipped', token
   state.e = emit('step.skipped', step, cjson.encode({ reason = reason, cause = state.c }))
@@ -579,15 +593,16 @@ local function skip(step, here, state, token, reason)
   return conclude(step, here, state, false, 'skipped')
 end
 
--- A step fails though no worker says so.
-local function fail(step, here, state, error)
+-- A step ends though no worker says so: it failed, or was cancelled.
+local function end_step(step, here, state, status, error)
   local reserved = withdraw(step, state, here)
   active = active + 1 -- conclude counts it once more
-  state.s = 'failed'
+  state.s = status
   state.y = here.y
   local data = { attempt = state.a, error = error, tolerated = here.y and true or nil, usage = reserved }
-  state.e = emit('step.failed', step, cjson.encode(data))
+  state.e = emit('step.' .. status, step, cjson.encode(data))
   detach(step, state, here)
   save(step, state)
   return conclude(step, here, state, false, '')
 end
+local function fail(step, here, state, error) return end_step(step, here, state, 'failed', error) end

@@ -19,7 +19,8 @@ if kind == 'run' then state.u = ARGV[11] end
 redis.call('HSETNX', parked_key, step, ARGV[6])
 redis.call('ZREM', leases_key, member(step) .. ' ' .. token)
 if ARGV[5] ~= '' then redis.call('ZADD', timers_key, number(now + ARGV[5]), member(step)) end
-emit('step.waiting', step, ARGV[7])
+local said = emit('step.waiting', step, ARGV[7])
+if ASKS[kind] then state.ak, state.an = said, (state.an or 0) + 1 end
 for i = 14, #ARGV, 2 do redis.call('SADD', holding_key, cjson.encode({ run_id, step, ARGV[i], ARGV[i + 1] })) end
 if here.b and kind ~= 'run' then cancel_inside(step) end
 if kind == 'children' then
