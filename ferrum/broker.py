@@ -113,6 +113,9 @@ for _, tag in ipairs(ARGV) do redis.call('ZADD', KEYS[1], 'XX', now, tag) end
 
 _TAKE_SHA: Final = hashlib.sha1(_TAKE.encode(), usedforsecurity=False).hexdigest()
 
+#: What workers of another Celery app, or of ferrum before it had keys of its own, keep beside their queues.
+_OTHERS: Final = ("unacked", "unacked_index", "_kombu.binding.celery.pidbox")
+
 #: Messages that one look at what is due puts back; the rest is for the next.
 _RESTORED_AT_ONCE: Final = 200
 
@@ -138,6 +141,17 @@ def renew(client: redis.Redis, tags: Iterable[str], index: str = UNACKED_INDEX) 
     """Keep these messages from being given to another worker, from now on for the visibility timeout."""
     if tags := list(tags):
         client.eval(_RENEW, 1, index, *tags)
+
+
+def warn_of_others(channel: Channel) -> None:
+    """Say it in the log where workers of another Celery app use this database."""
+    with channel.conn_or_acquire() as client:
+        found = [key for key in _OTHERS if client.exists(key)]
+    if found:
+        log.warning(
+            "another Celery app uses this Redis database (%s): neither touches the messages of the other, but what "
+            "fills or empties the database does; give each one of its own", ", ".join(found),
+        )  # fmt: skip
 
 
 class _Keys:
@@ -570,8 +584,10 @@ _TRANSPORTS = {"redis": Transport, "rediss": Transport, "sentinel": SentinelTran
 class _Own:
     """Goes through our transport, whatever its URL; kombu finds its own by the scheme."""
 
+    transport_cls: Any
+
     def get_transport_cls(self) -> Any:
-        return _TRANSPORTS.get(self.transport_cls) or super().get_transport_cls()  # type: ignore[attr-defined, misc]
+        return _TRANSPORTS.get(self.transport_cls) or super().get_transport_cls()  # type: ignore[misc]
 
     def _ensure_connection(
         self, errback: Any = None, max_retries: Any = None, interval_start: float = _RECONNECT_EVERY_S,

@@ -6,12 +6,17 @@ A task never raises into its canvas: whatever happened is in the record, and the
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
 import time
 import uuid
 from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from celery import Celery, Task
@@ -19,7 +24,6 @@ from celery.exceptions import Ignore, InvalidTaskError, Reject
 from celery.worker.request import Request
 from kombu import Queue
 
-import celeryconfig
 from ferrum.actors import LiveActors
 from ferrum.artifacts import Artifacts
 from ferrum.breaker import Breaking
@@ -36,6 +40,8 @@ from ferrum.sending import send, start
 from ferrum.settings import settings
 from ferrum.steps import step_types
 from ferrum.worker import Pulse, install
+
+log = logging.getLogger(__name__)
 
 #: How long a worker's calls outlast a Redis that is away: a step that has acted must get its result recorded.
 _PATIENCE_S = 600
@@ -63,6 +69,27 @@ def _defaults() -> dict[str, Any]:
     return {"broker_url": url, "result_backend": url, "broker_read_url": url, "broker_write_url": url}
 
 
+def _celeryconfig() -> ModuleType:
+    """The `celeryconfig` that Python finds first where it is one for ferrum, else the one that ferrum brings.
+
+    In a process that has another Celery app, a module of this name is likely that app's: neither gets the other's.
+    """
+    ours = Path(__file__).parent.parent / "celeryconfig.py"
+    spec = find_spec("celeryconfig")
+    if spec is not None and spec.origin != str(ours):
+        found = import_module("celeryconfig")
+        if getattr(found, "task_default_queue", None) == "ferrum":
+            return found
+        log.warning("%s is not for ferrum: its task_default_queue is not 'ferrum', so it is not read", spec.origin)
+    spec = spec_from_file_location("ferrum_celeryconfig", ours)
+    # A .py file always has a loader.
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 class App(Celery):  # type: ignore[misc] # Celery is untyped
     """Celery's app, with a worker of ours."""
 
@@ -78,7 +105,7 @@ app = App("ferrum", set_as_current=False, amqp=Broker)
 app.loader.override_backends = BACKENDS
 app.add_defaults(_defaults)
 # The module and not its name: that Celery would look for in the working directory first.
-app.config_from_object(celeryconfig)
+app.config_from_object(_celeryconfig())
 
 
 class _Process:

@@ -7,7 +7,6 @@ refused when it is read.
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -24,8 +23,6 @@ from cel.stdlib import STDLIB_FUNCTIONS  # noqa: E402
 
 if sys.modules["cel.cli"] is _COMMAND_LINE:
     del sys.modules["cel.cli"]
-# It warns of each error of a function, which is raised as well.
-logging.getLogger("cel").setLevel(logging.CRITICAL)
 
 #: Longest pattern, in characters.
 MAX_PATTERN: Final = 4_000

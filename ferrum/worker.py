@@ -19,7 +19,7 @@ from celery.worker.consumer import Tasks
 from celery.worker.consumer.control import Control
 from celery.worker.state import maybe_shutdown
 
-from ferrum.broker import renew
+from ferrum.broker import renew, warn_of_others
 from ferrum.errors import AuthorError, NotFound, SettingsError, Unavailable
 from ferrum.executor import Executor, Holds, Shared
 from ferrum.record import Record, Resend
@@ -305,7 +305,20 @@ def install(app: Celery, process: Process) -> None:
 
     app.steps["worker"].add(Lean)
     app.steps["worker"].add(Repair)
+
+    class Neighbours(bootsteps.StartStopStep):  # type: ignore[misc]
+        """Tells once of another Celery app whose workers use the same database."""
+
+        requires = (Tasks,)
+        told = False
+
+        def start(self, parent: Any) -> None:
+            if not Neighbours.told:
+                Neighbours.told = True
+                warn_of_others(parent.task_consumer.channel)
+
     app.steps["consumer"].add(Custody)
+    app.steps["consumer"].add(Neighbours)
     app.steps["consumer"].add(Remote)
     _import_users_tasks(app)
     if app.conf.worker_pool == "threads":

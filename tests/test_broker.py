@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 import uuid
@@ -13,11 +14,11 @@ from typing import Any
 import pytest
 import redis
 from fleet import PATIENCE_S, Fleet, eventually
-from proxy import Proxy
 from sizes import sized
 
 import celeryconfig
 from ferrum.broker import UNACKED, UNACKED_INDEX
+from ferrum.testing.proxy import Proxy
 
 #: What starts at once, and runs nothing.
 WORKFLOW = {"name": "greet", "steps": {"ask": {"type": "approval", "message": "Go on?"}}}
@@ -49,10 +50,11 @@ def nothing_left(client: redis.Redis) -> bool:
     return not (client.llen("ferrum") or client.hlen(UNACKED) or client.zcard(UNACKED_INDEX))
 
 
-def config(home: Path, **options: object) -> None:
-    """A `celeryconfig` for workers of this home: ours, with other transport options."""
+def config(home: Path, **options: object) -> dict[str, str]:
+    """The environment of workers with a `celeryconfig` in this home: ours, with other transport options."""
     lines = [f"broker_transport_options[{name!r}] = {value!r}\n" for name, value in options.items()]
     (home / "celeryconfig.py").write_text(Path(celeryconfig.__file__).read_text() + "".join(lines))
+    return {"PYTHONPATH": os.pathsep.join([str(home), str(Path(__file__).parent)])}
 
 
 @pytest.fixture
@@ -70,8 +72,7 @@ def proxy(redis_url: str) -> Iterator[Proxy]:
 @pytest.fixture
 def fleet(client: redis.Redis, proxy: Proxy, tmp_path: Path) -> Iterator[Fleet]:
     """Workers behind the proxy, which find what a dead one held after a second."""
-    config(tmp_path, visibility_timeout=1, unacked_restore_interval=0.2)
-    fleet = Fleet(proxy.url, tmp_path)
+    fleet = Fleet(proxy.url, tmp_path, config(tmp_path, visibility_timeout=1, unacked_restore_interval=0.2))
     try:
         yield fleet
     finally:

@@ -121,7 +121,7 @@ def _refused(fleet: Fleet, **environ: str) -> str:
 
 
 def test_a_worker_refuses_a_celeryconfig_with_which_it_would_lose_steps(fleet: Fleet, tmp_path: Path) -> None:
-    (tmp_path / "celeryconfig.py").write_text("task_acks_late = False\n")
+    (tmp_path / "celeryconfig.py").write_text("task_default_queue = 'ferrum'\ntask_acks_late = False\n")
     said = _refused(fleet, PYTHONPATH=f"{tmp_path}:{fleet.environ['PYTHONPATH']}")
     assert "the celeryconfig that was found sets task_acks_late = False; ferrum needs True" in said
 
