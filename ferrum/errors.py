@@ -25,6 +25,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from heapq import nlargest
+from itertools import islice
 
 #: The most characters of an error's words that are handed on, for they may be a whole answer of a tool; and those
 #: that a run keeps of them once secrets are taken out, so that none is cut in half and kept.
@@ -171,11 +173,29 @@ def bug(error: BaseException) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the nearest known name, or a list of what there is, or nothing."""
-    names = sorted(known)
-    near = get_close_matches(name, names, n=1, cutoff=0.6)
+    names = sorted(islice(known, _MOST_NAMES))
+    near = get_close_matches(name, _likely(name, names), n=1, cutoff=0.6)
     if near:
         return f" (did you mean {near[0]!r}?)"
     if not names:
         return ""
-    shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
-    return f" (there is: {shown})"
+    shown = ", ".join(one if len(one) <= _LONGEST_NAME else f"{one[:_LONGEST_NAME]}…" for one in names[:12])
+    return f" (there is: {shown}{', …' if len(names) > 12 else ''})"
+
+
+#: To compare two names closely takes time by the product of their lengths, so that few are, and none that is no name.
+_MOST_NAMES, _LIKELY, _LONGEST_NAME = 1000, 10, 100
+
+
+def _likely(name: str, names: list[str]) -> list[str]:
+    """The names that have most letters in common with one."""
+    if len(name) > _LONGEST_NAME:
+        return []
+    letters = set(name)
+    shared = [
+        (len(letters.intersection(one)) - abs(len(name) - len(one)), one)
+        for one in names
+        # Names that differ more in length are never near.
+        if 3 * len(one) <= 7 * len(name) and 3 * len(name) <= 7 * len(one)
+    ]
+    return [one for _, one in nlargest(_LIKELY, shared)]

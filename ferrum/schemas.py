@@ -279,8 +279,12 @@ def _const(validator: Any, const: Any, instance: Any, schema: Any) -> Iterator[V
 
 def _enum(validator: Any, values: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
     spend = _WORK.get().spend
-    given = sameness.key(instance, spend)
-    if not any(sameness.key(value, spend) == given for value in values):
+    if isinstance(instance, str):
+        found = instance in values
+    else:
+        given = sameness.key(instance, spend)
+        found = any(sameness.key(value, spend) == given for value in values if not isinstance(value, str))
+    if not found:
         yield ValidationError(f"{instance!r} is not one of {values!r}")
 
 

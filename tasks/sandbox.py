@@ -17,12 +17,12 @@ from ferrum.steps import Attempt, Params, StepType
 
 _MIB: Final = 2**20
 _UNITS: Final = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": _MIB, "GIB": 2**30}
-_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B)?\s*", re.IGNORECASE)
+_SIZE: Final = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*([KMG]?I?B)?", re.IGNORECASE)
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def _bytes(value: object) -> int:
-    found = _SIZE.fullmatch(str(value))
+    found = _SIZE.fullmatch(str(value).strip())
     if isinstance(value, bool) or not found or (found[2] or "").upper() not in _UNITS:
         raise ValueError('a size is a number of bytes, or a text like "64MB", "256MiB", "1.5GiB"')
     return int(float(found[1]) * _UNITS[(found[2] or "").upper()])

@@ -22,7 +22,7 @@ from pydantic import JsonValue
 from ferrum.errors import ToolError
 from ferrum.governance.acts import ToolCall
 from ferrum.mcp.router import Router
-from ferrum.mcp.session import ConnectionLost, Session, _fits
+from ferrum.mcp.session import ConnectionLost, Session, _fits, _parsed
 from ferrum.mcp.specs import ServerSpec, load_servers
 from ferrum.settings import Settings
 
@@ -90,6 +90,50 @@ async def grow() -> str:
     return "yes"
 
 app.run("stdio")
+"""
+
+
+#: A server that says one thing and gives another.
+_LIAR = """
+import asyncio
+from mcp.server.lowlevel import Server
+from mcp.server.stdio import stdio_server
+from mcp_types import CallToolResult, ListToolsResult, TextContent, Tool
+
+def schema(text):
+    return {"type": "object", "properties": {"text": text}, "required": ["text"]}
+
+TOOLS = {
+    "slow": (schema({"pattern": "^(a|a)*$"}), {"text": "a" * 5000 + "b"}),
+    "fitting": (schema({"pattern": "^(a|a)*$"}), {"text": "a" * 5000}),
+    "ahead": (schema({"pattern": "(?=a)"}), {"text": "b"}),
+    "doubled": (
+        {"$defs": {"d0": False, **{f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n - 1}"}] * 2} for n in range(1, 60)}},
+         "type": "object", "properties": {"text": {"$ref": "#/$defs/d59"}}},
+        {"text": "x"},
+    ),
+    "nothing": (schema({}), None),
+    "broken": (schema({"pattern": 5}), {"text": "x"}),
+}
+
+async def tools(context, params):
+    return ListToolsResult(
+        tools=[Tool(name=name, input_schema={"type": "object"}, output_schema=of) for name, (of, _) in TOOLS.items()]
+    )
+
+async def call(context, params):
+    given = TOOLS[params.name][1]
+    content = [TextContent(type="text", text="[" * 100_000)]
+    if given is None:
+        return CallToolResult(content=content)
+    return CallToolResult(content=content, structured_content=given)
+
+async def main():
+    server = Server("liar", on_list_tools=tools, on_call_tool=call)
+    async with stdio_server() as (read, write):
+        await server.run(read, write, server.create_initialization_options())
+
+asyncio.run(main())
 """
 
 
@@ -164,6 +208,32 @@ def test_text_is_joined_and_parsed_where_it_is_json_and_other_content_comes_as_i
             ]
 
     asyncio.run(story())
+
+
+def test_a_result_is_held_against_its_tools_schema_in_linear_time(tmp_path: Path) -> None:
+    script = tmp_path / "liar.py"
+    script.write_text(_LIAR)
+
+    async def refused(router: Router, tool: str) -> str:
+        with pytest.raises(ToolError) as caught:
+            await _call(router, f"liar.{tool}")
+        return str(caught.value)
+
+    async def story() -> None:
+        async with _router(liar=ServerSpec("python", (str(script),), cwd=tmp_path)) as router:
+            assert "breaks the tool's output schema at $.text" in await refused(router, "slow")
+            assert await _call(router, "liar.fitting") == {"text": "a" * 5000}
+            # A pattern that cannot be looked for in linear time is the server's own matter.
+            assert await _call(router, "liar.ahead") == {"text": "b"}
+            assert "cannot be held against the tool's output schema: it would take" in await refused(router, "doubled")
+            assert "it has an output schema and gave nothing for it" in await refused(router, "nothing")
+            assert "the tool's output schema cannot be used" in await refused(router, "broken")
+
+    asyncio.run(story())
+
+
+def test_text_that_is_no_json_to_the_end_is_text() -> None:
+    assert _parsed("[" * 100_000) == "[" * 100_000
 
 
 def test_calls_at_the_same_time_share_one_start_of_the_server(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from typing import Any, Final, NoReturn
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from ferrum.bounds import unbounded
 from ferrum.errors import SettingsError, did_you_mean
 from ferrum.governance.acts import Act, Kind
 from ferrum.local import trust
@@ -218,6 +219,8 @@ def _read(text: str, source: str) -> tuple[dict[str, object], dict[str, int]]:
 
     What is neither a list nor text comes out as its YAML node, which `Policy.of` refuses.
     """
+    if too_much := unbounded(text):
+        _refuse(source, 0, too_much)
     try:
         # JSON may be indented with tabs and YAML may not; inside a JSON string there is never a raw one.
         root = yaml.compose(text.replace("\t", " ") if text.lstrip().startswith("{") else text, yaml.SafeLoader)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import JsonValue
 
+from ferrum.bounds import unbounded
 from ferrum.errors import Problem, SettingsError, did_you_mean
 from ferrum.local import trust
 from ferrum.local.process import findable
@@ -26,7 +27,7 @@ IDEMPOTENCY_KEY = "ferrum/idempotency_key"
 _TOP = ("servers", "mcpServers")
 _KEYS = ("command", "module", "args", "env", "cwd", "timeout", "start_timeout", "type")
 _NAME = re.compile(r"[a-z0-9_-]+")
-_VARIABLE = re.compile(r"(\$?)\$\{([^}]*)\}")
+_VARIABLE = re.compile(r"(\$?)\$\{([^}]{0,200})\}")
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 _AUTHORIZATION = re.compile(r"\b(?:bearer|basic|token)\s(\S+)", re.IGNORECASE)
@@ -115,6 +116,8 @@ def _load(text: str, source: str) -> tuple[Any, _Marks, list[Problem]]:
     # YAML forbids the tabs that JSON may be indented with; a bare tab in JSON is never more than blank space.
     if text.lstrip().startswith("{"):
         text = text.replace("\t", " ")
+    if too_much := unbounded(text):
+        raise SettingsError(f"{source}: {too_much}")
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         tree = _json_or_yaml(text)

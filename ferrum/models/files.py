@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ferrum.bounds import unbounded
 from ferrum.errors import SettingsError, did_you_mean
 
 M = TypeVar("M", bound=BaseModel)
@@ -81,7 +82,13 @@ def _shapes(annotation: object) -> Iterator[type[BaseModel]]:
 
 def _read(text: str, source: str) -> tuple[object, dict[_Loc, int]]:
     # JSON may be indented with tabs and YAML may not; inside a JSON string there is never a raw one.
-    loader = yaml.SafeLoader(text.replace("\t", " ") if text.lstrip().startswith("{") else text)
+    text = text.replace("\t", " ") if text.lstrip().startswith("{") else text
+    if too_much := unbounded(text):
+        _refuse(source, None, too_much)
+    try:
+        loader = yaml.SafeLoader(text)
+    except yaml.YAMLError as error:
+        _refuse(source, None, f"is not YAML: {error}", error)
     try:
         root = loader.get_single_node()
         if root is None:

@@ -127,6 +127,10 @@ def _markdown(text: str, max_chars: int) -> list[_Section]:
     return _joined(sections, int(max_chars * _SMALL))
 
 
+#: Each piece under a heading says it, and its place does.
+_LONGEST_TITLE: Final = 200
+
+
 def _titles(lines: list[str]) -> Iterator[tuple[int, int, str]]:
     """The line, the level and the words of each heading."""
     fence = ""
@@ -140,10 +144,10 @@ def _titles(lines: list[str]) -> Iterator[tuple[int, int, str]]:
         elif fence:
             continue
         elif (heading := _HEADING.fullmatch(line)) and (title := _CLOSING.sub("", heading[2]).strip()):
-            yield at, len(heading[1]), title
+            yield at, len(heading[1]), title[:_LONGEST_TITLE]
         elif (under := _UNDERLINE.fullmatch(line)) and at and not _NO_TITLE.match(lines[at - 1]):
             # Of several lines above an underline, the last stands for all.
-            yield at - 1, 1 if under[1][0] == "=" else 2, lines[at - 1].strip()
+            yield at - 1, 1 if under[1][0] == "=" else 2, lines[at - 1].strip()[:_LONGEST_TITLE]
 
 
 def _front_matter(lines: list[str]) -> int:
@@ -204,7 +208,7 @@ class _Source:
                 continue
             if first > start:
                 yield _Section(start, first, name=outer)
-            name = f"{outer}.{node.name}".lstrip(".")
+            name = f"{outer}.{node.name}".lstrip(".")[:_LONGEST_TITLE]
             if isinstance(node, ast.ClassDef) and last - first > self.longest:
                 yield from self.sections(node, first, last, name)
             else:
@@ -265,7 +269,7 @@ def _line_starts(text: str) -> list[int]:
 
 # Pieces.
 
-_BLANK: Final = re.compile(r"(?:[^\S\n]*\n)*")
+_INK: Final = re.compile(r"\S")
 _PARAGRAPH: Final = re.compile(r"\n[^\S\n]*\n")
 _LINE: Final = re.compile(r"\n")
 _SENTENCE: Final = re.compile(r"[.!?…。！？][)\"'”’]*(?:\s|(?<=[。！？]))")
@@ -278,8 +282,7 @@ def _pieces(text: str, section: _Section, max_chars: int) -> Iterator[tuple[int,
     """Where each piece of a section begins and ends; a piece begins with a line that is not blank."""
     start, end = section.start, section.start + len(text[section.start : section.end].rstrip())
     while start < end:
-        blank = _BLANK.match(text, start, end)
-        start = blank.end() if blank else start
+        start = _inked(text, start, end, max_chars)
         if end - start <= max_chars:
             stop, following = end, end
         else:
@@ -287,6 +290,14 @@ def _pieces(text: str, section: _Section, max_chars: int) -> Iterator[tuple[int,
         if text[start:stop].strip():
             yield start, start + len(text[start:stop].rstrip())
         start = following
+
+
+def _inked(text: str, start: int, end: int, max_chars: int) -> int:
+    """The beginning of the first line from `start` on that is not blank; in it, where its blanks would fill a piece."""
+    found = _INK.search(text, start, end)
+    ink = found.start() if found else end
+    start = max(start, text.rfind("\n", start, ink) + 1)
+    return start if ink - start < max_chars else ink
 
 
 def _stop(text: str, start: int, max_chars: int) -> tuple[int, int]:

@@ -29,6 +29,19 @@ _HTML: Final = re.compile(
 #: What a whole page has, and a part of one has not.
 _WHOLE: Final = re.compile(r"<!doctype\b|<(?:html|body)\b", re.IGNORECASE)
 
+#: What begins, and all that ends it; a tag, a processing instruction and what else begins with `<` ends with `>`.
+_ENDS: Final = (
+    ("<!--", re.compile(r"--!?\s*>")),
+    ("<![", re.compile(r"\]\s*(?:\]\s*)?>")),
+    ("<", re.compile(">")),
+)
+#: Blanks that mean no more than a few, even where they count.
+_BLANKS: Final = re.compile(r"\s{64,}")
+#: Characters of a page.
+_LARGEST_PAGE: Final = 8_000_000
+#: Tags within tags.
+_DEEPEST: Final = 300
+
 #: The first line of XHTML.
 _XML: Final = re.compile(r"\A\s*<\?xml\b[^>]*>")
 
@@ -72,9 +85,12 @@ def markdown(original: Original) -> str:
     except ImportError:
         raise _missing(original, "HTML") from None
     source = original.text
+    if len(source) > _LARGEST_PAGE:
+        raise InputError(f"{original.name!r} is larger than {_LARGEST_PAGE} characters, too large a page: split it")
     converter = MarkdownConverter(heading_style="atx", strip=["img", "a"])
     try:
-        page = BeautifulSoup(_XML.sub("", source), "html.parser")
+        page = BeautifulSoup(_closed(_XML.sub("", source)), "html.parser")
+        _check_depth(page, original)
         title = _without_beside(page)
         # In a part of a page, there is nothing around the matter.
         matter = _matter(page) if _WHOLE.search(source) else [page]
@@ -88,6 +104,24 @@ def markdown(original: Original) -> str:
     if title and not any(one.name == "h1" or one.find("h1") for one in matter):
         text = f"# {title}\n\n{text}"
     return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _closed(source: str) -> str:
+    """A page in which nothing begins that never ends: the parser would look for each end up to the end of the page."""
+    for opening, closing in _ENDS:
+        end = 0
+        for found in closing.finditer(source):
+            end = found.end()
+        source = source[:end] + source[end:].replace(opening, f"&lt;{opening[1:]}")
+    return _BLANKS.sub(lambda found: "\n\n" if "\n" in found[0] else " ", source)
+
+
+def _check_depth(page: BeautifulSoup, original: Original) -> None:
+    depths = {id(page): 0}
+    for tag in page(True):
+        depth = depths[id(tag)] = depths[id(tag.parent)] + 1
+        if depth > _DEEPEST:
+            raise InputError(f"{original.name!r} is nested too deeply to be read as HTML")
 
 
 def _without_beside(page: BeautifulSoup) -> str:
