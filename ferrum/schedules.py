@@ -44,7 +44,7 @@ from ulid import ULID
 from ferrum.errors import AuthorError, Conflict, NotFound, Unavailable, did_you_mean
 from ferrum.plan import Plan
 from ferrum.runs import submit
-from ferrum.scripts import Connection
+from ferrum.scripts import Connection, Outage
 from ferrum.settings import Missed, settings
 from ferrum.workflow import Workflow
 
@@ -470,16 +470,19 @@ class Beat(Scheduler):  # type: ignore[misc] # Celery is untyped
 
     def __init__(self, *args: Any, **more: Any) -> None:
         self._store: Schedules | None = None
+        self._away = Outage(_log, "beat")
         super().__init__(*args, **more)
 
     def tick(self, *args: Any, **more: Any) -> float:
         """Fire what is due; in how many seconds to tick again."""
         rest = float(super().tick(*args, **more))
         try:
-            return min(rest, fire_due(self._schedules()))
+            soon = min(rest, fire_due(self._schedules()))
         except Unavailable as error:
-            _log.warning("%s", error)
+            self._away.began(error)
             return _LOOK_S
+        self._away.over()
+        return soon
 
     def _schedules(self) -> Schedules:
         if self._store is None:

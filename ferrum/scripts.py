@@ -6,6 +6,7 @@ asked again; that is what makes it right to be patient.
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -142,6 +143,28 @@ def unavailable(error: BaseException) -> Unavailable:
     if locked_out(error):
         return Unavailable(f"Redis does not let us in: {error}; is the user or the password in FERRUM_REDIS_URL right?")
     return Unavailable(f"Redis does not answer ({type(error).__name__}); is it running, and not full?")
+
+
+class Outage:
+    """Tells an operator once that Redis is away, or refuses for now, and once that it is back."""
+
+    def __init__(self, log: logging.Logger, who: str) -> None:
+        """`who` waits meanwhile."""
+        self._log = log
+        self._who = who
+        self._since: float | None = None
+
+    def began(self, error: BaseException) -> None:
+        if self._since is None:
+            self._since = time.monotonic()
+            what = error if isinstance(error, Unavailable) else unavailable(error)
+            self._log.warning("%s waits for Redis and then goes on: %s", self._who, what)
+
+    def over(self) -> None:
+        if self._since is not None:
+            seconds = time.monotonic() - self._since
+            self._log.warning("Redis is there again after %.1f s: %s goes on", seconds, self._who)
+            self._since = None
 
 
 def client_of(url: str, *, connections: int = 256) -> redis.Redis:

@@ -24,7 +24,7 @@ from ferrum.errors import AuthorError, NotFound, SettingsError, Unavailable
 from ferrum.executor import Executor, Holds, Shared
 from ferrum.record import Record, Resend
 from ferrum.refusals import passes
-from ferrum.scripts import unavailable
+from ferrum.scripts import Outage, unavailable
 from ferrum.sending import send
 from ferrum.settings import Settings, settings
 from ferrum.steps import step_types
@@ -119,24 +119,6 @@ class Pulse:
             log.exception("leases were not renewed")
 
 
-class _Away:
-    """Tells an operator once that Redis is away, or refuses for now, and once that it is back."""
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-
-    def began(self, error: BaseException) -> None:
-        if self._since is None:
-            self._since = time.monotonic()
-            what = error if isinstance(error, Unavailable) else unavailable(error)
-            log.warning("this worker waits for Redis and then goes on: %s", what)
-
-    def over(self) -> None:
-        if self._since is not None:
-            log.warning("Redis is there again after %.1f s: this worker goes on", time.monotonic() - self._since)
-            self._since = None
-
-
 class Sweeper:
     """The repair: due timers, steps of dead workers, lost messages. One at a time in the fleet, by lock."""
 
@@ -151,7 +133,7 @@ class Sweeper:
         self._shared_from = 0.0
         self._answered_at = time.monotonic()
         self._idle_since = time.monotonic()
-        self._away = _Away()
+        self._away = Outage(log, "this worker")
         self._every = _Every("ferrum-sweeper", config.sweep, self.once)
 
     def start(self) -> None:

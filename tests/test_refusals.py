@@ -226,13 +226,19 @@ def test_a_connection_that_goes_silent_is_given_up_and_made_anew(fleet: Fleet, r
             fleet.stop()
 
 
-def test_beat_waits_for_a_redis_that_refuses(clean_redis: str, client: redis.Redis) -> None:
+def test_beat_waits_for_a_redis_that_refuses_and_says_so_once(
+    clean_redis: str, client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
     from ferrum.celery import app
 
     beat = Beat(app=app, lazy=True)
     with REFUSALS["READONLY"](client):
-        assert beat.tick() <= beat.max_interval
+        for _ in range(2):
+            assert beat.tick() <= beat.max_interval
     assert beat.tick() <= beat.max_interval
+    waited, went_on = (record.getMessage() for record in caplog.records if record.name == "ferrum.schedules")
+    assert waited.startswith("beat waits for Redis and then goes on: Redis refuses for now, it is a replica")
+    assert went_on.endswith(": beat goes on")
 
 
 def test_whoever_waits_for_a_run_hears_that_its_data_are_gone(clean_redis: str, client: redis.Redis) -> None:
