@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from itertools import accumulate
 from typing import Any, Final, NoReturn
 
@@ -36,6 +36,8 @@ MAX_ID: Final = 255
 MAX_STEP_ID: Final = 4_000
 #: A `ferrum.run` that was delivered so often without an answer is not delivered again.
 MAX_DELIVERIES: Final = 9
+#: A message is not held by a worker for longer than this before it is begun.
+_LONGEST_WAIT: Final = timedelta(days=1)
 #: Longest sentence about what is wrong.
 _MAX_REASON: Final = 500
 
@@ -551,6 +553,9 @@ def _time(headers: Mapping[str, Any], name: str) -> str | None:
         raise _Wrong(f"headers.{name} is not {_TIME}") from None
     if not 2000 <= at.year < 2100:
         raise _Wrong(f"headers.{name} is not {_TIME}")
+    # A worker holds it until then.
+    if name == "eta" and at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC) > _LONGEST_WAIT:
+        raise _Wrong("headers.eta is more than a day from now: use a schedule, or a step that waits")
     return at.isoformat()
 
 

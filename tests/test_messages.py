@@ -155,6 +155,7 @@ def test_reading_is_linear_in_the_size_of_a_message(hostile: Callable[[int], str
         ("headers", {"compression": "zlib"}, "headers.compression: compressed messages are not taken"),
         ("headers", {"eta": "tomorrow"}, "headers.eta is not a time such as 2030-01-31T12:00:00+00:00"),
         ("headers", {"eta": "0001-01-01T00:00:00+14:00"}, "headers.eta is not a time"),
+        ("headers", {"eta": "2090-01-01"}, "headers.eta is more than a day from now: use a schedule"),
         ("headers", {"expires": 7}, "headers.expires is not a time"),
         ("properties", {"priority": "9"}, "properties.priority is not a whole number from 0 to 9"),
         ("properties", {"correlation_id": {}}, "properties.correlation_id is not text"),
