@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import socket
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -13,11 +16,11 @@ from typing import Any
 
 import pytest
 import redis
-from fleet import PATIENCE_S, Fleet, eventually
+from fleet import PATIENCE_S, Fleet, eventually, lane
 from sizes import sized
 
 import celeryconfig
-from ferrum.broker import UNACKED, UNACKED_INDEX
+from ferrum.broker import UNACKED, UNACKED_INDEX, renew
 from ferrum.testing.proxy import Proxy
 
 #: What starts at once, and runs nothing.
@@ -140,6 +143,102 @@ def test_a_worker_that_is_killed_with_a_message_in_hand_loses_none(
     fleet.start()
     eventually(lambda: answered(client, task_id))
     eventually(lambda: nothing_left(client))
+
+
+def test_two_messages_with_one_tag_are_two_messages(fleet: Fleet, client: redis.Redis) -> None:
+    sent = [push(client, tag="slip") for _ in range(5)]
+    fleet.start()
+    eventually(lambda: all(answered(client, task_id) for task_id in sent))
+    eventually(lambda: nothing_left(client))
+
+
+def test_where_redis_tells_nothing_and_forgets_scripts_messages_are_taken_all_the_same(
+    fleet: Fleet, client: redis.Redis
+) -> None:
+    client.acl_setuser(
+        "narrow", enabled=True, nopass=True, keys=["*"], channels=["*"], commands=["+@all", "-client|tracking"]
+    )
+    try:
+        fleet.environ["FERRUM_REDIS_URL"] = fleet.environ["FERRUM_REDIS_URL"].replace("redis://:", "redis://narrow:")
+        worker = fleet.start()
+        for _ in range(3):
+            task_id = push(client)
+            eventually(lambda task_id=task_id: answered(client, task_id))
+            client.script_flush()
+        assert "Redis does not tell this worker of new messages" in fleet.log(0).read_text()
+        assert worker.poll() is None
+    finally:
+        fleet.stop()
+        client.acl_deluser("narrow")
+
+
+@pytest.fixture
+def channel(client: redis.Redis) -> Iterator[Any]:
+    """A channel of ferrum's app, in this process."""
+    from ferrum.celery import app
+
+    with app.connection_for_read() as connection, connection.channel() as channel:
+        yield channel
+
+
+def test_a_message_that_is_put_back_is_in_its_list_again_and_says_how_often_it_was_delivered(
+    channel: Any, client: redis.Redis
+) -> None:
+    where = lane("ferrum", 3)
+    push(client, queue=where)
+    for times in (2, 3):
+        message = channel.basic_get("ferrum")
+        assert (client.llen(where), client.hlen(UNACKED), client.zcard(UNACKED_INDEX)) == (0, 1, 1)
+        message.requeue()
+        assert (client.llen(where), client.hlen(UNACKED), client.zcard(UNACKED_INDEX)) == (1, 0, 0)
+        kept: Any = client.lindex(where, 0)
+        info = json.loads(kept)["properties"]["delivery_info"]
+        assert (info["redelivered"], info["deliveries"]) == (True, times)
+    channel.basic_get("ferrum").ack()
+    assert nothing_left(client)
+
+
+def test_a_channel_that_closes_puts_back_what_it_has_and_what_was_on_its_way(channel: Any, client: redis.Redis) -> None:
+    sent = [push(client) for _ in range(3)]
+    taken: list[Any] = []
+    channel.basic_qos(0, 2, False)
+    channel.basic_consume("ferrum", no_ack=False, callback=taken.append, consumer_tag="c")
+    while not taken:
+        channel.connection.drain_events(channel.connection, timeout=1)
+    # Asks for the second, whose answer nobody reads.
+    channel.connection.cycle.on_poll_start()
+    eventually(lambda: client.hlen(UNACKED) == 2)
+    channel.close()
+    kept: Any = client.lrange("ferrum", 0, -1)
+    assert sorted(json.loads(text)["headers"]["id"] for text in kept) == sorted(sent)
+    assert not client.hlen(UNACKED)
+
+
+def test_a_message_is_put_back_when_nobody_has_renewed_it_and_only_then(channel: Any, client: redis.Redis) -> None:
+    for _ in range(2):
+        push(client)
+    held, left = channel.basic_get("ferrum"), channel.basic_get("ferrum")
+    for message in (held, left):
+        client.zadd(UNACKED_INDEX, {message.delivery_tag: 1})
+    renew(client, [held.delivery_tag])
+    channel.qos.restore_visible()
+    assert (client.llen("ferrum"), client.hkeys(UNACKED)) == (1, [held.delivery_tag])
+    held.ack()
+
+
+def test_a_message_comes_to_who_waits_for_it_and_answers_that_are_not_acknowledged_are_not_kept(
+    channel: Any, client: redis.Redis
+) -> None:
+    taken: list[Any] = []
+    channel.basic_consume("ferrum", no_ack=True, callback=taken.append, consumer_tag="c")
+    for _ in range(3):
+        threading.Timer(0.1, push, (client,)).start()
+        before = len(taken)
+        while len(taken) == before:
+            with contextlib.suppress(socket.timeout):
+                channel.connection.drain_events(channel.connection, timeout=5)
+        assert not client.hlen(UNACKED)
+    channel.basic_cancel("c")
 
 
 def test_kills_and_cuts_at_any_instant_lose_no_message(fleet: Fleet, proxy: Proxy, client: redis.Redis) -> None:
