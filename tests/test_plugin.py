@@ -157,16 +157,18 @@ def test_nothing_of_the_machine_reaches_a_test_and_nothing_of_a_test_stays(proje
         """
 import logging, os, threading, warnings
 
-import ferrum, pytest
+import celery, ferrum, pytest
 
 MACHINE = {name: value for name, value in os.environ.items() if name.startswith(("FERRUM_", "OPENAI_", "CELERY_"))}
 HANDLERS, SHOW = list(logging.getLogger().handlers), warnings.showwarning
+MINE = celery.Celery("mine")
 
 def check_that_nothing_stayed():
     now = {name: value for name, value in os.environ.items() if name.startswith(("FERRUM_", "OPENAI_", "CELERY_"))}
     assert now == MACHINE
     assert [one.name for one in threading.enumerate() if one.name.startswith(("ferrum", "scripted"))] == []
     assert warnings.showwarning is SHOW
+    assert celery.current_app._get_current_object() is MINE
 
 @pytest.fixture
 def afterwards():

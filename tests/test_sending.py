@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import redis
-from celery import Celery
+from celery import Celery, _state
 from fleet import lane
 
 import ferrum
@@ -79,15 +79,14 @@ def test_what_a_run_begins_with_is_in_the_queue_and_nothing_else(queue: Queue) -
 
 
 def test_another_celery_app_of_the_same_process_has_no_say_in_where_messages_go(queue: Queue) -> None:
-    from ferrum.celery import app as ferrum_app
-
+    before = _state._tls.current_app
     mine = Celery("mine", broker="memory://", set_as_current=True)
     try:
         ferrum.submit(workflow(DIAMOND))
         assert queue.take() == ["a"]
     finally:
         mine.close()
-        ferrum_app.set_current()
+        _state._set_current_app(before)
 
 
 def test_many_beginnings_are_all_sent(queue: Queue) -> None:

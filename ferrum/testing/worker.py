@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from celery import signals
+from celery import _state, signals
 from celery.contrib.testing.worker import start_worker
 from celery.worker import state
 from kombu.exceptions import OperationalError
@@ -33,7 +33,7 @@ def worker(imports: Iterable[str] = ()) -> Iterator[Any]:
     """
     for module in imports:
         importlib.import_module(module)
-    with _logs_left_alone():
+    with _logs_left_alone(), _current_app_left_alone():
         try:
             with start_worker(
                 app, pool="threads", concurrency=_CONCURRENCY, perform_ping_check=False, shutdown_timeout=_PATIENCE_S
@@ -72,3 +72,14 @@ def _logs_left_alone() -> Iterator[None]:
             yield
     finally:
         signals.setup_logging.disconnect(nothing)
+
+
+@contextmanager
+def _current_app_left_alone() -> Iterator[None]:
+    """Celery makes the app of a worker the current one; when it is over, the test's own is that again."""
+    current, default = _state._tls.current_app, _state.default_app
+    try:
+        yield
+    finally:
+        _state._set_current_app(current)
+        _state.set_default_app(default)
