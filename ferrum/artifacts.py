@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import uuid
+from contextlib import suppress
 from datetime import timedelta
 from functools import cache
 from hashlib import sha256
@@ -32,6 +35,8 @@ INLINE_LIMIT: Final = 32 * 1024
 
 JSON: Final = "application/json"
 
+#: The file that says which store a directory is.
+_MARKER: Final = ".ferrum-store"
 _CLOUD: Final = frozenset({"s3", "gs", "az"})
 _SUPPORTED: Final = (
     "write file:///absolute/path, s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or memory://"
@@ -117,6 +122,30 @@ class Artifacts:
     def of(cls, settings: Settings) -> Artifacts:
         """The store that the settings name; by default a directory under `home`."""
         return cls(settings.artifacts or (own(settings.home) / "artifacts").as_uri())
+
+    @property
+    def identity(self) -> str:
+        """The same in all processes for which this is the same store, wherever they see it.
+
+        A directory has a file in it that says so, for it may be mounted at another path, and another one at this.
+        Raises `Unavailable` where the file cannot be made or read.
+        """
+        # Not through obstore: a pool may still fork this process.
+        if self._directory is None:
+            in_cloud = self.url.partition(":")[0] in _CLOUD
+            return self.url if in_cloud else f"{self.url} {os.getpid()} {socket.gethostname()}"
+        marker = self._directory / _MARKER
+        try:
+            if not marker.exists():
+                made = self._directory / f"{_MARKER}-{uuid.uuid4().hex}"
+                made.write_text(uuid.uuid4().hex)
+                with suppress(FileExistsError):
+                    # The first one counts, whole.
+                    os.link(made, marker)
+                made.unlink()
+            return marker.read_text()
+        except OSError as error:
+            raise Unavailable(f"cannot use the artifact store {self.url}: {error.strerror}") from error
 
     def put(self, data: bytes, media_type: str) -> Ref:
         """Store some bytes and return their reference.

@@ -729,6 +729,20 @@ class Record(Connection):
         pipe.zremrangebyscore("ferrum:workers", "-inf", now - 60)
         pipe.execute()
 
+    def other_store(self, identity: str, url: str, worker: str) -> str | None:
+        """The URL of the artifact store that other workers have, where it is not this one; else this one is noted."""
+        key, mine = "ferrum:artifact-store", _dumps({"id": identity, "url": url})
+        if self._patiently(lambda: self._redis.set(key, mine, nx=True)):
+            return None
+        kept = json.loads(str(self._patiently(lambda: self._redis.get(key)) or mine))
+        if kept["id"] == identity:
+            return None
+        if any(name != worker for name in self.workers()):
+            return str(kept["url"])
+        # Nobody uses the other one any more.
+        self._patiently(lambda: self._redis.set(key, mine))
+        return None
+
     def gone(self, worker: str) -> None:
         self._redis.zrem("ferrum:workers", worker)
 

@@ -152,7 +152,26 @@ class Sweeper:
             maybe_shutdown()
             time.sleep(0.2)
         self._away.over()
+        self._share_the_store()
         self._every.start()
+
+    def _share_the_store(self) -> None:
+        """Else what one worker keeps is not found by another, and each large value fails a step later."""
+        executor = self._executor
+        mine = executor.artifacts
+        try:
+            other = executor.record.other_store(mine.identity, mine.url, executor.worker)
+        except Unavailable as error:
+            log.warning("whether all workers have the same artifact store is not known: %s", error)
+            return
+        if other is not None:
+            executor.record.gone(executor.worker)
+            log.critical(
+                "this worker cannot start: its artifact store is %s, and that of the other workers on this Redis is "
+                "%s. Set FERRUM_ARTIFACTS to one store that all of them reach, or stop the others first",
+                mine.url, other,
+            )  # fmt: skip
+            raise WorkerShutdown(1)
 
     def stop(self) -> None:
         self._every.stop()
