@@ -20,7 +20,7 @@ from fleet import PATIENCE_S, Fleet, eventually, lane
 from sizes import sized
 
 import celeryconfig
-from ferrum.broker import UNACKED, UNACKED_INDEX, renew
+from ferrum.broker import UNACKED, UNACKED_INDEX, OwnConnection, SentinelTransport, Transport, renew
 from ferrum.testing.proxy import Proxy
 
 #: What starts at once, and runs nothing.
@@ -170,6 +170,27 @@ def test_where_redis_tells_nothing_and_forgets_scripts_messages_are_taken_all_th
     finally:
         fleet.stop()
         client.acl_deluser("narrow")
+
+
+@pytest.mark.parametrize(
+    ("url", "transport"),
+    [
+        ("redis://:p@here:1/2", Transport),
+        ("redis://:p@here:1/2;redis://:p@there:1/2", Transport),
+        ("rediss://:p@here:1/2?ssl_cert_reqs=required", Transport),
+        ("redis+socket://:p@/run/redis.sock?virtual_host=2", Transport),
+        ("sentinel://here:1;sentinel://there:1", SentinelTransport),
+    ],
+)
+def test_every_way_to_redis_is_ferrums_own_also_after_a_failover_and_out_of_a_pool(
+    url: str, transport: type[Transport]
+) -> None:
+    with OwnConnection(url) as connection, connection.Pool(1).acquire() as pooled:
+        for one in (connection, connection.clone(), pooled):
+            assert type(one.transport) is transport
+            assert bool(one.ssl) == url.startswith("rediss")
+            one.maybe_switch_next()
+            assert type(one.transport) is transport
 
 
 @pytest.fixture
