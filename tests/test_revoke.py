@@ -73,7 +73,7 @@ def test_a_step_whose_task_is_revoked_is_cancelled_and_so_is_what_it_does(
     assert (view.status, view.reason) == (RunStatus.FAILED, "'a' was cancelled")
     found = left(view)
     assert (found["a"], found["b"], found["c"]) == (REVOKED, ("skipped", "'a' was cancelled"), ("completed", None))
-    assert all(status in ("cancelled",) for name, (status, _) in found.items() if name.startswith("a."))
+    assert {status for name, (status, _) in found.items() if name.startswith("a.")} <= {"cancelled"}
     assert_events_agree(redis_url, run_id)
     assert not runs.record().asked()
     eventually(lambda: not any(run.status in ("running", "queued") for run in runs.record().runs()))
@@ -86,7 +86,6 @@ def test_what_follows_decides_as_behind_a_failed_step(redis_url: str, worker: Fl
         "each": {**NAP, "for_each": [1, 2], "on_error": "continue"},
         "collected": {**NAP, "for_each": [1, 2]},
     }  # fmt: skip
-    steps["collected"] = {"type": "for_each", **steps["collected"]} if False else steps["collected"]
     run_id = ferrum.submit({"name": "revoked", "steps": steps})
     doing(run_id, "first", "waiting")
     # Before it could run.
@@ -103,8 +102,7 @@ def test_what_follows_decides_as_behind_a_failed_step(redis_url: str, worker: Fl
     assert found["b"][1] in ("revoked by ann", "revoked by remote control")
     assert found["join"] == ("completed", None)
     assert [step.output for step in view.steps if step.step_id == "join"] == [[1, None]]
-    assert found["each"] == ("failed", "'each.0' failed: revoked by remote control") or found["each"][0] == "failed"
-    assert found["each"][1] is not None
+    assert found["each"][0] == "failed"
     assert "revoked by remote control" in (found["each"][1] or "")
     assert "revoked by remote control" in (found["collected"][1] or "")
     assert (view.status, view.reason) == (RunStatus.FAILED, "'collected' failed")
@@ -176,7 +174,7 @@ def test_a_step_whose_message_has_expired_runs_none_the_less(worker: Fleet) -> N
     run_id = ferrum.submit({"name": "expired", "steps": {"first": ASK, "a": {**ECHO, "needs": ["first"]}}})
     doing(run_id, "first", "waiting")
     # A message of whoever pushes to Redis, which says so.
-    [signature] = json.loads(json.dumps([runs.plan_of(run_id).signature(run_id, "first")]))
+    signature = json.loads(json.dumps(runs.plan_of(run_id).signature(run_id, "first")))
     del signature["options"]["priority"]
     app.signature(signature).apply_async(expires=-1)
     runs.decide(run_id, "first", approved=True, by="ann")
