@@ -1,4 +1,4 @@
-"""All benchmarks: `make bench`."""
+"""All benchmarks of speed: `make bench`. What faults cost is `python -m bench.chaos`, which takes minutes."""
 
 from bench import language, retrieval, sandbox, steps
 

@@ -78,7 +78,6 @@ def test_a_stopping_worker_lets_a_short_step_finish(fleet: Fleet, redis_url: str
 
 
 def test_queues_shape_a_fleet_and_a_prefork_pool_runs_steps_too(fleet: Fleet, redis_url: str, tmp_path: Path) -> None:
-    # Celery takes `--pool prefork` for its own default, which our celeryconfig replaces; `processes` is the same pool.
     prefork = fleet.start("--pool", "processes", "-c", "2", "-Q", "ferrum.task", command=BY_CELERY)
     threads = fleet.start("-Q", "ferrum.tool", command=BY_CELERY)
     steps: dict[str, Any] = {
