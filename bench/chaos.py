@@ -72,10 +72,16 @@ class Stage:
         self.servers.append(server)
         return server
 
-    def start_worker(self) -> None:
+    def start_worker(self, clock_s: float = 0) -> None:
+        """One more, whose clock is so many seconds off."""
         number = len(list(self.folder.glob("worker-*.log")))
+        code = (
+            "import runpy, sys, time\n"
+            f"real = time.time\ntime.time = lambda: real() + {clock_s}\n"
+            "runpy.run_module('ferrum.start_worker', run_name='__main__', alter_sys=True)"
+        )
         with (self.folder / f"worker-{number}.log").open("wb") as log:
-            command = tied([sys.executable, "-W", "ignore", "-m", "ferrum.start_worker", "-c", "8", "-l", "info"])
+            command = tied([sys.executable, "-W", "ignore", "-c", code, "-c", "8", "-l", "info"])
             environ = os.environ | {"FERRUM_REDIS_URL": self.theirs.url}
             self.workers.append(
                 subprocess.Popen(command, env=environ, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT)
@@ -138,6 +144,32 @@ def silence(stage: Stage) -> None:
     time.sleep(stage.fault_s)
 
 
+def partition(stage: Stage) -> None:
+    """No worker reaches Redis for two leases, and what was connected before is never heard of again."""
+    stage.theirs.dead = True
+    stage.theirs.go_silent()
+    time.sleep(16)
+    stage.theirs.dead = False
+
+
+def clocks(stage: Stage) -> None:
+    """Two workers are stopped, and two come whose clocks are five minutes ahead and behind."""
+    for worker in stage.workers:
+        worker.kill()
+        worker.wait()
+    stage.workers.clear()
+    stage.start_worker(300)
+    stage.start_worker(-300)
+
+
+def hold_the_interpreter(stage: Stage) -> None:
+    """A task holds the interpreter of its worker for almost two leases."""
+    import ferrum
+
+    hold = {"type": "task", "task": "bench.hold", "input": {"seconds": 15}}
+    ferrum.wait(ferrum.submit({"name": "hold", "steps": {"hold": hold}}))
+
+
 def failover(stage: Stage) -> None:
     """A replica becomes the master, and the master its replica; connections to it are left open."""
     old, new = stage.server, stage.add_server()
@@ -175,6 +207,9 @@ ROWS: dict[str, Fault] = {
     "Redis restarts": restart,
     **{f"refusals, {kind}": refuse(kind) for kind in REFUSALS},
     "failover": failover,
+    "partitions": partition,
+    "clocks": clocks,
+    "GIL": hold_the_interpreter,
 }
 
 
@@ -245,6 +280,7 @@ def _settings(folder: Path, url: str) -> dict[str, str | None]:
         "FERRUM_POLICY": str(folder / "policy.yaml"),
         "FERRUM_MCP_SERVERS": json.dumps({"mcpServers": {"effects": module}}),
         "FERRUM_WARM": "false",
+        "FERRUM_IMPORTS": "bench.user_tasks",
         "PYTHONPATH": str(Path(__file__).parent.parent),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 
 from celery import shared_task
 
@@ -15,6 +16,12 @@ def nothing() -> None:
 @shared_task(name="bench.nap")
 async def nap(seconds: float) -> None:
     await asyncio.sleep(seconds)
+
+
+@shared_task(name="bench.hold")
+def hold(seconds: int) -> None:
+    """Holds the interpreter, as C code does that never lets go of it."""
+    ctypes.PyDLL(None).sleep(seconds)
 
 
 @shared_task(name="bench.numbers")

@@ -106,7 +106,7 @@ return redis.call('ZRANGE', KEYS[1], '-inf', before, 'BYSCORE', 'LIMIT', 0, ARGV
 """
 
 #: Keeps messages from being given to another. KEYS: index. ARGV: tags.
-_RENEW: Final = """
+RENEW: Final = """
 local now = redis.call('TIME')[1]
 for _, tag in ipairs(ARGV) do redis.call('ZADD', KEYS[1], 'XX', now, tag) end
 """
@@ -140,7 +140,7 @@ _unanswered: dict[str, float] = {}
 def renew(client: redis.Redis, tags: Iterable[str], index: str = UNACKED_INDEX) -> None:
     """Keep these messages from being given to another worker, from now on for the visibility timeout."""
     if tags := list(tags):
-        client.eval(_RENEW, 1, index, *tags)
+        client.eval(RENEW, 1, index, *tags)
 
 
 def warn_of_others(channel: Channel) -> None:

@@ -78,7 +78,7 @@ class Cache(Room):
 
     def enter(self, digest: str, who: Who, hold_s: float) -> Hit | Compute | Wait:
         """Ask for it. Who is to compute it has `hold_s` for that, unless it renews, and must `put` or `give_up`."""
-        match self._ask("cache/enter", _base_of(digest), digest, str(who), _ms(hold_s)):
+        match self._ask("cache/enter", base_of_digest(digest), digest, str(who), _ms(hold_s)):
             case ["hit", envelope]:
                 return Hit(str(envelope))
             case ["wait"]:
@@ -91,18 +91,18 @@ class Cache(Room):
 
         It is kept even when another one computes it by now, since `who` was slow to renew: it is as good.
         """
-        return whos(self._ask("cache/put", _base_of(digest), digest, str(who), envelope, _ms(ttl_s)))
+        return whos(self._ask("cache/put", base_of_digest(digest), digest, str(who), envelope, _ms(ttl_s)))
 
     def give_up(self, digest: str, who: Who) -> list[Who]:
         """`who` neither computes it nor waits for it any more; returns who must be woken, since it may compute it."""
-        return whos(self._ask("cache/give_up", _base_of(digest), digest, str(who)))
+        return whos(self._ask("cache/give_up", base_of_digest(digest), digest, str(who)))
 
     def renew(self, held: Sequence[tuple[str, Who]], hold_s: float) -> list[tuple[str, Who]]:
         """These, each a digest and who computes it, go on for `hold_s`; returns those whose turn it is no more."""
         lost: list[tuple[str, Who]] = []
         groups: dict[str, list[tuple[str, Who]]] = {}
         for digest, who in held:
-            groups.setdefault(_base_of(digest), []).append((digest, who))
+            groups.setdefault(base_of_digest(digest), []).append((digest, who))
         for base, group in groups.items():
             names = [text for digest, who in group for text in (digest, str(who))]
             lost += [group[int(number)] for number in self._ask("cache/renew", base, _ms(hold_s), *names)]
@@ -127,7 +127,7 @@ class Cache(Room):
         return Stats(**counts)
 
 
-def _base_of(digest: str) -> str:
+def base_of_digest(digest: str) -> str:
     return _PARTITIONS[int(digest[-1], 16)]
 
 

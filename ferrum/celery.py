@@ -27,19 +27,21 @@ from kombu import Queue
 from ferrum.actors import LiveActors
 from ferrum.artifacts import Artifacts
 from ferrum.breaker import Breaking
-from ferrum.broker import BACKENDS, Broker
-from ferrum.errors import AuthorError, NotFound, Unavailable
+from ferrum.broker import BACKENDS, RENEW, UNACKED_INDEX, Broker
+from ferrum.errors import AuthorError, NotFound, SettingsError, Unavailable, did_you_mean
 from ferrum.executor import Executor, Outcome, Then
 from ferrum.governance.policy import load_policy
 from ferrum.local.redis import celery_url, running
 from ferrum.loop import LoopThread
 from ferrum.messages import RUN, arguments
 from ferrum.plan import Plan
+from ferrum.pulse import Pulse, Watch
 from ferrum.record import Record, base_of
+from ferrum.scripts import TIMEOUT_S
 from ferrum.sending import send, start
-from ferrum.settings import settings
+from ferrum.settings import Settings, settings
 from ferrum.steps import step_types
-from ferrum.worker import Pulse, install
+from ferrum.worker import install
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +131,8 @@ class _Process:
 
     def _make(self) -> Executor:
         config = settings()
-        record = Record(redis_url(), patience_s=_PATIENCE_S)
+        url, timeout_s = redis_url(), timeout_of(config)
+        record = Record(url, patience_s=_PATIENCE_S, timeout_s=timeout_s)
         self._actors = LiveActors(config)
         executor = Executor(
             record=record,
@@ -140,8 +143,15 @@ class _Process:
             worker=worker_name(),
             lease_s=config.lease,
             breaking=Breaking(config.breaker_failures, config.breaker_window, config.breaker_open),
+            finishing=_finishing(config),
         )
-        self._pulse = Pulse(record, executor.holds, executor.shared, every_s=config.heartbeat, lease_s=config.lease)
+        watch = Watch(
+            url, lease_s=config.lease, grace_s=config.grace, heartbeat_s=config.heartbeat, timeout_s=timeout_s,
+            custody=(UNACKED_INDEX, RENEW),
+        )  # fmt: skip
+        self._pulse = Pulse(
+            record, executor.holds, executor.shared, every_s=config.heartbeat, lease_s=config.lease, watch=watch
+        )
         self._pulse.start()
         return executor
 
@@ -157,7 +167,23 @@ class _Process:
 
     def _forget(self) -> None:
         self._lock = threading.Lock()
+        if self._pulse is not None:
+            self._pulse.forget()
         self._executor = self._pulse = self._actors = None
+
+
+def timeout_of(config: Settings) -> float:
+    """How long a connection to Redis may be silent: well below a lease, so that a dead one costs none."""
+    return min(TIMEOUT_S, config.lease / 4)
+
+
+def _finishing(config: Settings) -> frozenset[str]:
+    """Raises `SettingsError`."""
+    names = frozenset(name for part in config.finish_unleased.split(",") if (name := part.strip()))
+    for name in names - {"*"} - step_types().keys():
+        hint = did_you_mean(name, step_types())
+        raise SettingsError(f"FERRUM_FINISH_UNLEASED: there is no step type {name!r}{hint}")
+    return names
 
 
 def worker_name() -> str:
@@ -209,7 +235,7 @@ class StepTask(Task):  # type: ignore[misc] # Celery is untyped
         except NotFound as error:
             raise Ignore(str(error)) from None
         try:
-            outcome = process.executor().attempt(run_id, step_id, self._signature)
+            outcome = process.executor().attempt(run_id, step_id, self._signature, self._tag())
         except Unavailable as error:
             # Whatever is away, a message that comes straight back would only ask it faster.
             time.sleep(1)
@@ -225,7 +251,7 @@ class StepTask(Task):  # type: ignore[misc] # Celery is untyped
         if outcome.then in (Then.WAIT, Then.DROP):
             raise Ignore
         if outcome.then is Then.RETURN:
-            raise Reject("this worker is stopping", requeue=True)
+            raise Reject("its step is handed back", requeue=True)
 
     def _send(self, outcome: Outcome) -> None:
         def plan_of(run_id: str) -> Plan:
@@ -246,6 +272,10 @@ class StepTask(Task):  # type: ignore[misc] # Celery is untyped
         else:
             # It could not be sent. The lease runs out, and the sweeper sends it.
             holds.drop(held)
+
+    def _tag(self) -> str:
+        """The broker's name for this delivery of the message."""
+        return str((self.request.properties or {}).get("delivery_tag") or "")
 
     def _signature(self) -> str:
         """This message, to be published again under the same task id when the step has waited."""

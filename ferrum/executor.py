@@ -10,6 +10,7 @@ import asyncio
 import inspect
 import itertools
 import logging
+import math
 import random
 import threading
 import time
@@ -26,7 +27,7 @@ from ferrum import cache as cached
 from ferrum import limits
 from ferrum.artifacts import Artifacts, Kept
 from ferrum.breaker import Allowed, Breaker, Breaking, State
-from ferrum.cache import Cache, Hit, digest_of
+from ferrum.cache import Cache, Hit, base_of_digest, digest_of
 from ferrum.errors import (
     LONGEST_ERROR,
     AuthorError,
@@ -42,6 +43,7 @@ from ferrum.errors import (
 from ferrum.governance.acts import Act, By, R
 from ferrum.governance.door import decide
 from ferrum.governance.policy import Decision, Effect, Policy
+from ferrum.keeper import clock
 from ferrum.limits import Concurrency, Entered, Limits, Rate
 from ferrum.loop import Blocking, Interrupted, LoopThread, contained, contained_on_loop
 from ferrum.plan import PARAMS, Body, Plan, PlannedStep
@@ -62,6 +64,7 @@ from ferrum.record import (
     Resend,
     TooDeep,
     Verdict,
+    base_of,
     new_run_id,
 )
 from ferrum.results import RunStatus, StepStatus, Usage
@@ -132,17 +135,50 @@ class Shared:
         return cls(Limits(scripts), Cache(scripts), Breaker(scripts, breaking))
 
 
+#: What a keeper is told (see `ferrum/keeper.py`).
+Line = list[Any]
+#: Tells it: a line, and how to get all that a new one must know.
+Tell = Callable[[Line, Callable[[], Sequence[Line]]], None]
+
+
 @dataclass(slots=True)
 class _Hold:
     held: Held
+    #: When its lease was last renewed for certain, by `clock`.
+    renewed: float = 0.0
     #: The slot that it has, and the digest of what it computes for all.
     slot: str = ""
     digest: str = ""
+
+    #: Whether the record has said so; until then it is only told to the keeper.
+    claimed: bool = False
+    #: Of the message that brought it, at the broker.
+    tag: str = ""
+    #: When its act is to be over; `None` where it has all the time there is.
+    until: float | None = None
+    #: It may finish though its lease could not be renewed.
+    finishes: bool = False
 
     #: Stops the attempt; `None` once it has ended, or before it can be stopped.
     stop: Callable[[], None] | None = None
     lost: bool = False
     stopping: bool = False
+    #: Its lease could not be renewed in time.
+    cut_off: bool = False
+
+    @property
+    def line(self) -> Line:
+        held = self.held
+        said: dict[str, object] = {"base": base_of(held.run_id), "run": held.run_id, "step": held.step_id}
+        if self.until is not None:
+            said["until"] = self.until
+        if self.slot:
+            said["slot"] = self.slot
+        if self.digest:
+            said["digest"] = [base_of_digest(self.digest), self.digest]
+        if self.tag:
+            said["tag"] = self.tag
+        return ["+", held.token, self.renewed, said]
 
     @property
     def shared(self) -> list[tuple[str, str]]:
@@ -153,35 +189,121 @@ class _Hold:
 class Holds:
     """The claims of this process: what the heartbeat renews, and what it can stop."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, limit_s: float = math.inf) -> None:
+        """`limit_s`: an act that was not renewed for so long is stopped, before its lease is over."""
+        self.limit_s = limit_s
+        self._lock = threading.RLock()
         self._holds: dict[Held, _Hold] = {}
         self._released: list[Held] = []
         self._stopping = False
+        self._tell: Tell | None = None
+        self._answers: Callable[[], Sequence[Line]] = list
 
-    def add(self, held: Held) -> _Hold:
+    def listen(self, tell: Tell, answers: Callable[[], Sequence[Line]]) -> None:
+        """Tell a keeper of each claim from here on, and hear what it answers."""
+        self._tell, self._answers = tell, answers
+
+    def say(self, line: Line) -> None:
+        # Under the lock, or what was dropped might be told as held.
         with self._lock:
-            hold = self._holds[held] = _Hold(held, stopping=self._stopping)
+            if self._tell is not None:
+                self._tell(line, lambda: [hold.line for hold in self._holds.values()])
+
+    def _say(self, hold: _Hold) -> None:
+        if self._tell is not None:
+            self.say(hold.line)
+
+    def hear(self) -> None:
+        """Take in what the keeper did while this process could not."""
+        # Under the lock: whoever finds a claim too old must not be told so while the news is on its way.
+        with self._lock:
+            for answer in self._answers():
+                if answer[0] == "!":
+                    self.lose(self._of(answer[1]))
+                else:
+                    self.renewed(self._of(answer[2]), answer[1])
+
+    def add(self, held: Held, tag: str = "") -> _Hold:
+        """Before it is claimed: what holds the interpreter while the answer is on its way must not cost the lease."""
+        with self._lock:
+            hold = self._holds[held] = _Hold(held, clock(), tag=tag, stopping=self._stopping)
+            self._say(hold)
         return hold
 
-    def stoppable(self, hold: _Hold, stop: Callable[[], None] | None) -> None:
-        """From here on `stop` stops it; at once where that was asked already."""
+    def stoppable(self, hold: _Hold, stop: Callable[[], None] | None, limit_s: float | None = None) -> None:
+        """From here on `stop` stops it; at once where that was asked already. `limit_s`: how long it may take."""
         with self._lock:
             hold.stop = stop
-            asked = hold.lost or hold.stopping
+            asked = stop is not None and not self.may_act(hold)
+            if stop is not None and limit_s is not None:
+                hold.until = clock() + limit_s
+                self._say(hold)
         if asked and stop is not None:
             stop()
+
+    def may_act(self, hold: _Hold) -> bool:
+        """Whether an act of it may begin: it is held for certain, and nobody asked it to stop."""
+        with self._lock:
+            if self._is_old(hold):
+                self.hear()
+                hold.cut_off = hold.cut_off or self._is_old(hold)
+            return not (hold.lost or hold.stopping or hold.cut_off)
+
+    def has_slot(self, hold: _Hold, slot: str) -> None:
+        with self._lock:
+            hold.slot = slot
+            if slot:
+                self._say(hold)
+
+    def computes(self, hold: _Hold, digest: str) -> None:
+        with self._lock:
+            hold.digest = digest
+            self._say(hold)
 
     def drop(self, held: Held) -> None:
         """No longer ours, and nothing to release."""
         with self._lock:
-            self._holds.pop(held, None)
+            if self._holds.pop(held, None):
+                self.say(["-", held.token])
 
     def release(self, held: Held) -> None:
         """Ended, and what follows was sent."""
         with self._lock:
             if self._holds.pop(held, None):
                 self._released.append(held)
+                self.say(["-", held.token])
+
+    def _of(self, tokens: Sequence[str]) -> list[Held]:
+        wanted = frozenset(tokens)
+        return [held for held in self._holds if held.token in wanted]
+
+    def is_fresh(self, hold: _Hold) -> bool:
+        with self._lock:
+            if clock() - hold.renewed > self.limit_s:
+                self.hear()
+            return clock() - hold.renewed <= self.limit_s
+
+    def _is_old(self, hold: _Hold) -> bool:
+        return not hold.finishes and clock() - hold.renewed > self.limit_s
+
+    def renewed(self, held: Sequence[Held], at: float) -> None:
+        """Those of these that are not lost are certain for a lease from then on, by `clock`."""
+        with self._lock:
+            for one in held:
+                if (hold := self._holds.get(one)) and not hold.lost:
+                    hold.renewed = max(hold.renewed, at)
+
+    def cut_off(self) -> None:
+        """Stop every act that was not renewed for too long: soon somebody else may begin it."""
+        with self._lock:
+            self.hear()
+            acting = [hold for hold in self._holds.values() if hold.stop is not None and not hold.cut_off]
+            late = [hold for hold in acting if self._is_old(hold)]
+            for hold in late:
+                hold.cut_off = True
+        if late:
+            log.warning("%d acts are stopped: their leases could not be renewed in time", len(late))
+        _stop(late)
 
     def slots(self) -> list[tuple[str, Who]]:
         """The slots that running steps have."""
@@ -195,7 +317,7 @@ class Holds:
 
     def current(self) -> list[Held]:
         with self._lock:
-            return list(self._holds)
+            return [held for held, hold in self._holds.items() if hold.claimed]
 
     def take_released(self) -> list[Held]:
         with self._lock:
@@ -246,6 +368,8 @@ class Executor:
     worker: str
     lease_s: float
     breaking: Breaking | None = None
+    #: Step types that finish though their leases could not be renewed; `*` for all.
+    finishing: frozenset[str] = frozenset()
     holds: Holds = field(default_factory=Holds)
     shared: Shared = field(init=False)
     _plans: dict[str, Plan] = field(default_factory=dict)
@@ -254,6 +378,7 @@ class Executor:
 
     def __post_init__(self) -> None:
         self.shared = Shared.of(self.record, self.breaking)
+        self.holds.limit_s = self.lease_s * 7 / 8
 
     def wake_at_limit(self, whos: Sequence[Who]) -> tuple[Resend, ...]:
         """Wake these, whose turn came; what must be sent."""
@@ -306,13 +431,20 @@ class Executor:
             sends += self.wake_at_cache(digest, [who], "it may look again")
         return sends
 
-    def attempt(self, run_id: str, step_id: str, signature: Callable[[], str]) -> Outcome:
+    def attempt(self, run_id: str, step_id: str, signature: Callable[[], str], tag: str = "") -> Outcome:
         """Try the step once, if the record says that it may run.
 
-        `signature` gives the message to send when the step has waited. Raises nothing but `Unavailable`.
+        `signature` gives the message to send when the step has waited; `tag` is that message's at the broker. Raises
+        nothing but `Unavailable`.
         """
         held = Held(run_id, step_id, f"{self.worker}#{next(self._numbers)}")
-        claim = self.record.claim(held, self.worker, self.lease_s)
+        hold = self.holds.add(held, tag)
+        try:
+            claim = self._claim(hold)
+            hold.claimed = isinstance(claim, Claimed)
+        finally:
+            if not hold.claimed:
+                self.holds.drop(held)
         match claim:
             case Dropped():
                 log.debug("%s.%s dropped: %s", run_id, step_id, claim.why)
@@ -321,7 +453,16 @@ class Executor:
                 return Outcome(Then.PASS)
             case Ended():
                 return self._after(run_id, self.plan_of(run_id), claim, None)
-        return self._claimed(held, claim, signature)
+        return self._claimed(hold, claim, signature)
+
+    def _claim(self, hold: _Hold) -> Claimed | Passed | Dropped | Ended:
+        while True:
+            asked_at = clock()
+            claim = self.record.claim(hold.held, self.worker, self.lease_s)
+            self.holds.renewed([hold.held], asked_at)
+            # The answer may be as old as the lease that it speaks of; who asks again with its token renews that.
+            if not isinstance(claim, Claimed) or self.holds.is_fresh(hold):
+                return claim
 
     def plan_of(self, run_id: str) -> Plan:
         """The plan that a run follows. Raises `NotFound`."""
@@ -344,8 +485,8 @@ class Executor:
             self._plans.pop(next(iter(self._plans)), None)
         return self._plans.setdefault(digest or plan.digest, plan)
 
-    def _claimed(self, held: Held, claim: Claimed, signature: Callable[[], str]) -> Outcome:
-        hold = self.holds.add(held)
+    def _claimed(self, hold: _Hold, claim: Claimed, signature: Callable[[], str]) -> Outcome:
+        held = hold.held
         attempt: _Attempt | None = None
         try:
             plan = self.plan(held.run_id, claim.plan)
@@ -420,6 +561,7 @@ class _Attempt:
         #: Whether what it is parked for is there by now.
         self._look_again: Callable[[], bool] | None = None
         self._began = time.monotonic()
+        hold.finishes = not executor.finishing.isdisjoint(("*", step.type.name))
         self._acts = 0
         self._said = 0
         #: By the acts of this attempt, and the part of it that the record knows already.
@@ -455,6 +597,9 @@ class _Attempt:
     @property
     def memory(self) -> JsonValue:
         return self._claim.memory
+
+    def now(self) -> float:
+        return self._claim.at + time.monotonic() - self._began
 
     def signal(self) -> tuple[JsonValue] | None:
         return (self._executor.opened(self._claim.signal),) if self._claim.signal else None
@@ -510,7 +655,7 @@ class _Attempt:
             case Skip():
                 return Then.PASS, self._finish(StepStatus.SKIPPED, {"reason": redact(str(why))})
             case _:
-                return Then.RETURN, self._hand_back()
+                return Then.RETURN, self._hand_back(str(why))
 
     def _scope(self) -> dict[str, JsonValue]:
         step = self._step
@@ -563,7 +708,7 @@ class _Attempt:
                 self._look_again = lambda: not isinstance(enter(), cached.Wait)
                 raise Park(CACHE, "for another step that computes the same", wake_in_s)
             case _:
-                self._hold.digest = digest
+                self._executor.holds.computes(self._hold, digest)
                 return None
 
     def _take_turn(self, scope: Mapping[str, JsonValue]) -> None:
@@ -585,7 +730,7 @@ class _Attempt:
         if not isinstance(turn, Entered):
             self._look_again = lambda: isinstance(enter(), Entered)
             raise Park(LIMIT, turn.why, turn.wake_in_s)
-        self._hold.slot = concurrency.key if concurrency else ""
+        self._executor.holds.has_slot(self._hold, concurrency.key if concurrency else "")
 
     def _let_go(self, envelope: str = "") -> tuple[Resend, ...]:
         """Give back what is shared, and to the cache what was computed; what must be sent."""
@@ -762,14 +907,14 @@ class _Attempt:
     def _on_loop(self, work: Awaitable[JsonValue]) -> JsonValue:
         holds = self._executor.holds
         future = self._executor.loop.submit(self._limited(work))
-        holds.stoppable(self._hold, lambda: _cancel(future))
+        holds.stoppable(self._hold, lambda: _cancel(future), self._step.cut_off_s)
         try:
             return future.result()
         except GeneratorExit as error:
             # On the loop it cannot be told from the end of a coroutine that nobody awaits any more.
             raise StepError("its code raised GeneratorExit", retry=True) from error
         except (CancelledError, asyncio.CancelledError):
-            raise (Lost if self._hold.lost else _Stopping) from None
+            raise self._stopped() from None
         finally:
             holds.stoppable(self._hold, None)
 
@@ -792,14 +937,12 @@ class _Attempt:
         if alarm is not None:
             alarm.daemon = True
             alarm.start()
-        holds.stoppable(self._hold, blocking.interrupt)
+        holds.stoppable(self._hold, blocking.interrupt, limit)
         try:
             result = blocking.run(lambda: contained(work))
         except Interrupted:
-            if self._hold.lost:
-                raise Lost from None
-            if self._hold.stopping:
-                raise _Stopping from None
+            if self._hold.lost or self._hold.stopping or self._hold.cut_off:
+                raise self._stopped() from None
             raise self._too_long() from None
         finally:
             if alarm is not None:
@@ -808,6 +951,12 @@ class _Attempt:
         if inspect.isawaitable(result):
             return self._on_loop(result)
         return result
+
+    def _stopped(self) -> Exception:
+        """Why the act was stopped from outside."""
+        if self._hold.lost:
+            return Lost()
+        return _Stopping("its worker could not renew its lease" if self._hold.cut_off else "its worker is stopping")
 
     # The choke point.
 
@@ -818,6 +967,9 @@ class _Attempt:
             raise Denied(decision.reason)
         if decision.effect is Effect.ASK:
             raise self._ask(act, decision)
+        if not self._executor.holds.may_act(self._hold):
+            # Between the decision and the act this process stood still, or could not reach Redis.
+            raise self._stopped()
         return await self._do(act)
 
     def _admit(self, decision: Decision, wanted: Usage) -> None:
@@ -931,9 +1083,11 @@ class _Attempt:
         # What goes on inside of it goes on in its turn.
         return ended if kind in (CHILDREN, RUN) else replace(ended, sends=ended.sends + self._let_go())
 
-    def _hand_back(self) -> Ended:
+    def _hand_back(self, why: str) -> Ended:
         with self._telling:
-            self._executor.record.hand_back(self._hold.held, self._executor.worker, self.number, self._unsettled())
+            self._executor.record.hand_back(
+                self._hold.held, self._executor.worker, self.number, self._unsettled(), reason=why
+            )
         return Ended(self._let_go())
 
 
@@ -947,4 +1101,4 @@ def _cancel(future: Future[JsonValue]) -> None:
 
 
 class _Stopping(Exception):
-    pass
+    """The act was stopped and its step is handed back, for this reason."""

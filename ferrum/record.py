@@ -22,7 +22,7 @@ Keys, all under `ferrum:{pNN}` where NN is the run's partition:
     :live           set of the runs that have not ended
     :holding        set     what steps that wait for their parts hold of all that runs share
     :tenants        hash    how many of them each tenant has
-    :key:<key>      the run that an idempotency key started
+    :key:<key>      until when (ms), and the run that an idempotency key started
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, TypeVar, cast
 from zlib import crc32
@@ -45,14 +45,20 @@ from ferrum.errors import Conflict, NotFound, did_you_mean
 from ferrum.events import Event, RunCreated, RunEnded, RunState, StepWaiting, fold, read
 from ferrum.governance.budget import counters
 from ferrum.results import RunStatus, StepStatus, Usage
-from ferrum.scripts import Connection, Scripts
+from ferrum.scripts import BLOCK_S, TIMEOUT_S, Connection, Scripts, us
 
 #: Fixed: a run's partition is part of its id, and every process must agree on it.
 PARTITIONS = 16
 #: The same idempotency key starts one run within this time.
 KEY_LIFE_S = 86400
-#: A step that took so many workers with it is not given to another.
-MAX_LOST = 8
+#: A step is not tried again when so many workers died while they ran it, and at most half as many others did …
+POISON = 5
+#: … or, whoever else died, when it lost its worker so often …
+MAX_LOST = 20
+#: … within this time.
+POISON_WITHIN_S = 3600.0
+#: The youngest deaths of workers that are looked at.
+_DEATHS = 100
 #: The most of each kind that one sweep of one partition repairs.
 SWEEP_BATCH = 200
 #: Items or results that one script is given at most.
@@ -66,10 +72,11 @@ LANES = 10
 
 #: Longer than anybody waits, and a time that a timer can have.
 _LONGEST_WAIT_S = 100 * 365 * 86400.0
-#: How long one blocking read waits; a run that is gone is noticed this late.
-_BLOCK_S = 2.0
 
-
+#: Who is alive, by when that must be said again.
+_WORKERS = "ferrum:workers"
+#: Workers that died while they ran a step, by when.
+_DIED = "ferrum:died"
 #: Field of a registered workflow that names its newest version.
 _NEWEST = " newest"
 
@@ -86,6 +93,7 @@ def new_run_id(key: str | None = None, *, beside: str | None = None) -> str:
         partition = _CROCKFORD.index(beside[-1]) % PARTITIONS
     else:
         partition = crc32(key.encode()) % PARTITIONS if key else random.randrange(PARTITIONS)  # noqa: S311
+    # Its time, by the clock of this process, decides nothing; what is sorted by time goes by that of Redis.
     # Not `ULID()`: it counts up within a millisecond, so two ids may differ in nothing but the last character.
     fresh = ULID.from_bytes(round(time.time() * 1000).to_bytes(6, "big") + os.urandom(10))
     return f"run_{str(fresh)[:-1]}{_CROCKFORD[partition + PARTITIONS * random.randrange(2)]}"  # noqa: S311
@@ -308,6 +316,8 @@ class Claimed:
     #: Envelope of the signal that it waited for; empty before that came.
     signal: str
     tenant: str
+    #: When it was claimed, by the clock of Redis, in seconds since 1970.
+    at: float = field(compare=False)
     needs: Mapping[str, Need]
 
 
@@ -432,8 +442,10 @@ def _dumps(value: object) -> str:
 class Record(Connection):
     """The record, through one Redis client. Safe to share between threads."""
 
-    def __init__(self, url: str, *, patience_s: float = 5.0, connections: int = 256) -> None:
-        super().__init__(url, patience_s=patience_s, connections=connections)
+    def __init__(
+        self, url: str, *, patience_s: float = 5.0, timeout_s: float = TIMEOUT_S, connections: int = 256
+    ) -> None:
+        super().__init__(url, patience_s=patience_s, timeout_s=timeout_s, connections=connections)
         self._forgotten_to: dict[int, int] = {}
 
     # What a run goes through.
@@ -568,10 +580,12 @@ class Record(Connection):
             raise Lost
         return _ended(reply).sends
 
-    def hand_back(self, held: Held, worker: str, attempt: int, usage: Usage) -> None:
-        """A stopping worker gives the step back, to run again elsewhere. Raises `Lost`."""
+    def hand_back(
+        self, held: Held, worker: str, attempt: int, usage: Usage, *, reason: str = "its worker is stopping"
+    ) -> None:
+        """A worker gives the step back, to run again elsewhere. Raises `Lost`."""
         wire = _wire(usage)
-        body = {"reason": "its worker is stopping", "worker": worker, "attempt": attempt, "usage": wire}
+        body = {"reason": reason, "worker": worker, "attempt": attempt, "usage": wire}
         _held(self._run("hand_back", held.run_id, held.run_id, held.step_id, held.token, _dumps(wire), _dumps(body)))
 
     def close(
@@ -679,7 +693,8 @@ class Record(Connection):
         lost: list[Held] = []
         for base, group in _by_base(held).items():
             names = [text for one in group for text in (one.run_id, one.step_id, one.token)]
-            numbers = self._eval("renew", base, "", round(lease_s * 1000), *names)
+            # Not patiently: whoever cannot renew in time has something else to do about it.
+            numbers = Scripts(self._redis, 0, folder="").eval("renew", base, "", round(lease_s * 1000), *names)
             lost += [group[int(number)] for number in numbers]
         return lost
 
@@ -696,11 +711,31 @@ class Record(Connection):
         `queues` says of each queue and lane whether it is empty at the broker.
         """
         names = [text for (queue, lane), empty in queues.items() for text in (queue, str(lane), str(int(empty)))]
-        arguments: list[str | int] = ["", int(reap), round(resend_after_s * 1000), MAX_LOST, SWEEP_BATCH, *names]
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.time()
+        pipe.zrange(_DIED, -_DEATHS, -1, withscores=True)
+        clock, deaths = pipe.execute()
+        rule = {
+            "few": POISON, "many": MAX_LOST, "within": round(POISON_WITHIN_S * 1000),
+            "deaths": [[worker, round(at)] for worker, at in deaths],
+        }  # fmt: skip
+        arguments: list[str | int] = [
+            "", int(reap), round(resend_after_s * 1000), _dumps(rule), SWEEP_BATCH, *names,
+        ]  # fmt: skip
         # Not patiently: when Redis was away, whose leases ran out is to be thought over first.
         replies = Scripts(self._redis, 0, folder="").eval_each("sweep", _PARTITIONS, *arguments)
-        waits = [int(flat[-1]) / 1000 for flat in replies if flat[-1] != ""]
-        return Swept(tuple(one for flat in replies for one in _sends(flat[:-1])), min(waits, default=None))
+        self._note_deaths({name for reply in replies for name in reply[2]}, int(clock[0]) * 1000)
+        waits = [int(reply[1]) / 1000 for reply in replies if reply[1] != ""]
+        return Swept(tuple(one for reply in replies for one in _sends(reply[0])), min(waits, default=None))
+
+    def _note_deaths(self, workers: set[str], now_ms: int) -> None:
+        """Remember who died when: by that, a step that ends its workers is told from a bad night."""
+        if workers:
+            pipe = self._redis.pipeline(transaction=False)
+            pipe.zadd(_DIED, dict.fromkeys(workers, now_ms), nx=True)
+            pipe.zremrangebyrank(_DIED, 0, -_DEATHS - 1)
+            pipe.expire(_DIED, round(2 * POISON_WITHIN_S))
+            pipe.execute()
 
     def holding(self) -> list[Holding]:
         """What steps that wait for their parts hold of all that runs share; those that have ended are told once."""
@@ -713,21 +748,13 @@ class Record(Connection):
 
     def alone(self, name: str, holder: str, for_s: float) -> bool:
         """Whether this holder has the lock `name` now, for so long; holding it already renews it."""
-        key = f"ferrum:lock:{name}"
-        if self._redis.set(key, holder, nx=True, px=round(for_s * 1000)):
-            return True
-        if self._redis.get(key) != holder:
-            return False
-        self._redis.pexpire(key, round(for_s * 1000))
-        return True
+        # Not patiently: whoever cannot ask does not hold it.
+        scripts = Scripts(self._redis, 0)
+        return bool(scripts.eval("workers/alone", f"ferrum:lock:{name}", "", holder, us(for_s)))
 
     def beat(self, worker: str, for_s: float) -> None:
-        """This worker is alive, for so long."""
-        now = time.time()
-        pipe = self._redis.pipeline(transaction=False)
-        pipe.zadd("ferrum:workers", {worker: now + for_s})
-        pipe.zremrangebyscore("ferrum:workers", "-inf", now - 60)
-        pipe.execute()
+        """This worker is alive, for so long by the clock of Redis."""
+        Scripts(self._redis, 0).eval("workers/beat", _WORKERS, "", worker, us(for_s))
 
     def other_store(self, identity: str, url: str, worker: str) -> str | None:
         """The URL of the artifact store that other workers have, where it is not this one; else this one is noted."""
@@ -744,12 +771,16 @@ class Record(Connection):
         return None
 
     def gone(self, worker: str) -> None:
-        self._redis.zrem("ferrum:workers", worker)
+        self._redis.zrem(_WORKERS, worker)
 
     def workers(self) -> list[str]:
         """The workers that are alive."""
-        found = self._patiently(lambda: self._redis.zrangebyscore("ferrum:workers", time.time(), "+inf"))
-        return [str(name) for name in cast("list[str]", found)]
+        return [str(name) for name in self.scripts().eval("workers/alive", _WORKERS, "")]
+
+    def now(self) -> float:
+        """The time of the fleet, which is that of Redis, in seconds since 1970."""
+        clock: Any = self._patiently(self._redis.time)
+        return int(clock[0]) + int(clock[1]) / 1e6
 
     def empty_queues(self, queues: Iterable[str]) -> dict[tuple[str, int], bool]:
         """Whether each queue is empty at the broker, for each lane of it."""
@@ -768,10 +799,17 @@ class Record(Connection):
         return [read(run_id, event_id, fields) for event_id, fields in entries]
 
     def _entries(self, key: str, after: str, block_s: float | None) -> list[tuple[str, dict[str, str]]]:
-        block = None if block_s is None else max(1, round(block_s * 1000))
-        reply: Any = self._patiently(lambda: self._redis.xread({key: after}, block=block))
-        if not reply:
-            return []
+        deadline = None if block_s is None else time.monotonic() + block_s
+
+        def once() -> Any:
+            if deadline is None:
+                return self._redis.xread({key: after})
+            left = min(BLOCK_S, deadline - time.monotonic())
+            return self._blocking().xread({key: after}, block=max(1, round(left * 1000)))
+
+        while not (reply := self._patiently(once)):
+            if deadline is None or time.monotonic() >= deadline:
+                return []
         # redis-py answers in the shape of RESP2 or of RESP3.
         entries: list[tuple[str, dict[str, str]]] = reply[0][1] if isinstance(reply, list) else reply[key][0]
         return entries
@@ -792,7 +830,7 @@ class Record(Connection):
             # Nothing comes after it, and no other event needs to be read to wait for it.
             if fields["t"] == "run.ended":
                 return cast("RunEnded", read(run_id, event_id, fields))
-            left = _BLOCK_S if deadline is None else min(_BLOCK_S, deadline - time.monotonic())
+            left = BLOCK_S if deadline is None else min(BLOCK_S, deadline - time.monotonic())
             if left <= 0:
                 return None
             # Nothing new for so long: maybe there is nothing left that could come.
@@ -1025,13 +1063,14 @@ class Record(Connection):
 
 
 def _claimed(reply: list[Any]) -> Claimed:
-    _, plan, attempt, failed, verdict, bound, grants, run_input, memory, signal, tenant, *needs = reply
+    _, plan, attempt, failed, verdict, bound, grants, run_input, memory, signal, tenant, at, *needs = reply
     ends = {needs[i]: Need(StepStatus(needs[i + 1]), needs[i + 2]) for i in range(0, len(needs), 3)}
     said = _verdict(verdict) if verdict else None
     kept = json.loads(memory) if memory else None
     return Claimed(
-        plan, attempt, failed, said, bound, frozenset(json.loads(grants)), run_input, kept, signal, tenant, ends
-    )
+        plan, attempt, failed, said, bound, frozenset(json.loads(grants)), run_input, kept, signal, tenant,
+        int(at) / 1000, ends,
+    )  # fmt: skip
 
 
 def _frame_end(

@@ -327,17 +327,12 @@ class Schedules(Connection):
     def look(self) -> tuple[float, float | None]:
         """What time it is, and when the next schedule is due, if any; and say that a beat runs."""
 
-        def ask(pipe: Pipeline) -> None:
-            pipe.time()
-            pipe.zrange(f"{_BASE}:due", 0, 0, withscores=True)
-            pipe.set(f"{_BASE}:beat", f"{socket.gethostname()}:{os.getpid()}", ex=_BEAT_LIFE_S)
-
-        clock, soonest, _ = self._patiently(lambda: self._at_once(ask))
-        return _seconds(clock), float(soonest[0][1]) if soonest else None
+        *clock, soonest = self._do("look", f"{socket.gethostname()}:{os.getpid()}", _BEAT_LIFE_S)
+        return _seconds(clock), float(soonest) if soonest else None
 
     def beat_runs(self) -> bool:
         """Whether anything fires what is due."""
-        return bool(self._patiently(lambda: self._redis.exists(f"{_BASE}:beat")))
+        return bool(self._do("beats"))
 
     def due(self, now: float) -> list[Schedule]:
         """Those whose time has come, longest due first."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from hashlib import sha1
 from importlib import resources
 from typing import Any, Self, TypeVar, cast
@@ -29,6 +29,9 @@ from ferrum.refusals import Refused, locked_out, passes, patient
 #: while there is time to renew it on another; over what a blocking read waits.
 TIMEOUT_S = 4.0
 CONNECT_TIMEOUT_S = 2.0
+
+#: How long one blocking read waits at most; a run that is gone is noticed this late.
+BLOCK_S = 2.0
 
 _T = TypeVar("_T")
 
@@ -66,6 +69,12 @@ def _script(folder: str, name: str) -> _Script:
     libs = [lib.read_text() for place in places if (lib := place / "lib.lua").is_file()]
     text = "".join(libs) + (places[-1] / f"{last}.lua").read_text()
     return _Script(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+def script(folder: str, name: str) -> tuple[str, str]:
+    """The sha and the text of a script, for whoever has it run without this module."""
+    found = _script(folder, name)
+    return found.sha, found.text
 
 
 class Scripts:
@@ -167,11 +176,11 @@ class Outage:
             self._since = None
 
 
-def client_of(url: str, *, connections: int = 256) -> redis.Redis:
+def client_of(url: str, *, connections: int = 256, timeout_s: float = TIMEOUT_S) -> redis.Redis:
     """A client that decodes, tries each call once, gives up a silent connection, and raises `Refused`."""
     pool = redis.ConnectionPool.from_url(
         url, decode_responses=True, retry=Retry(NoBackoff(), 0), max_connections=connections,
-        socket_timeout=TIMEOUT_S, socket_connect_timeout=CONNECT_TIMEOUT_S,
+        socket_timeout=timeout_s, socket_connect_timeout=min(timeout_s, CONNECT_TIMEOUT_S),
     )  # fmt: skip
     pool.connection_class = patient(pool.connection_class)
     return redis.Redis.from_pool(pool)
@@ -180,9 +189,18 @@ def client_of(url: str, *, connections: int = 256) -> redis.Redis:
 class Connection:
     """One Redis client, its scripts, and patience with a Redis that is away. Safe to share between threads."""
 
-    def __init__(self, url: str, *, patience_s: float = 5.0, connections: int = 256, folder: str = "") -> None:
-        """`patience_s`: how long a call outlasts a Redis that is away before it raises `Unavailable`."""
-        self._redis = client_of(url, connections=connections)
+    def __init__(
+        self, url: str, *, patience_s: float = 5.0, timeout_s: float = TIMEOUT_S, connections: int = 256,
+        folder: str = "",
+    ) -> None:  # fmt: skip
+        """`patience_s`: how long a call outlasts a Redis that is away before it raises `Unavailable`.
+
+        `timeout_s`: a connection on which nothing came for so long is given up, and the call is made on another one.
+        """
+        self._connect = partial(client_of, url, connections=connections)
+        self._redis = self._connect(timeout_s=timeout_s)
+        self._timeout_s = timeout_s
+        self._waiting: redis.Redis | None = None
         self._folder = folder
         self._set_patience(patience_s)
 
@@ -201,9 +219,17 @@ class Connection:
         """The scripts of what all runs share, through the same client."""
         return Scripts(self._redis, self._patience_s)
 
+    def _blocking(self) -> redis.Redis:
+        """A client for reads that wait for up to `BLOCK_S`, which is longer than a connection may be silent else."""
+        if self._waiting is None:
+            self._waiting = self._connect(timeout_s=BLOCK_S + self._timeout_s)
+        return self._waiting
+
     def close_connections(self) -> None:
-        self._redis.close()
-        self._redis.connection_pool.disconnect()
+        for client in (self._redis, self._waiting):
+            if client is not None:
+                client.close()
+                client.connection_pool.disconnect()
 
     def _at_once(self, fill: Callable[[Pipeline], None], *, transaction: bool = False) -> list[Any]:
         """The replies to several commands. A pipeline that was executed is empty, so a new one is filled each time."""

@@ -100,6 +100,11 @@ class Settings(BaseModel):
     imports: str = Field("", description="Modules with your own Celery tasks and functions, comma separated.")
     lease: float = Field(8.0, ge=1, description="A step whose worker was silent this long is given to another.")
     heartbeat: float = Field(0.5, gt=0, description="How often a worker renews its leases and hears of cancelled runs.")
+    finish_unleased: str = Field(
+        "",
+        description="Step types, comma separated, `*` for all, that finish though their worker cannot reach Redis to "
+        "renew their leases, perhaps beside their next attempt. All others are stopped before their lease ends.",
+    )
     sweep: float = Field(0.5, gt=0, description="How often timers, dead workers and lost messages are looked for.")
     resend_after: float = Field(
         5.0,

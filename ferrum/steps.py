@@ -57,6 +57,10 @@ class Attempt(Protocol):
         """What it asked to be told again when it last waited; `None` before."""
         ...
 
+    def now(self) -> float:
+        """What time it is for all workers, in seconds since 1970: Redis's, in `run_inline` that of its clock."""
+        ...
+
     def signal(self) -> tuple[JsonValue] | None:
         """The data of the signal that it waited for; `None` while none came."""
         ...

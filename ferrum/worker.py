@@ -1,4 +1,4 @@
-"""What runs beside the steps in a worker: the pulse that renews leases, the sweeper that repairs, the stop."""
+"""What runs beside the steps in a worker: the sweeper that repairs, custody of messages, the stop."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from celery.worker.state import maybe_shutdown
 
 from ferrum.broker import renew, warn_of_others
 from ferrum.errors import AuthorError, NotFound, SettingsError, Unavailable
-from ferrum.executor import Executor, Holds, Shared
-from ferrum.record import Record, Resend
+from ferrum.executor import Executor
+from ferrum.pulse import AWAY, Every
+from ferrum.record import Resend
 from ferrum.refusals import passes
 from ferrum.scripts import Outage, unavailable
 from ferrum.sending import send
@@ -30,9 +31,6 @@ from ferrum.settings import Settings, settings
 from ferrum.steps import step_types
 
 log = logging.getLogger(__name__)
-
-#: A refusal that passes is a connection error, too: see `ferrum/refusals.py`.
-_AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, Unavailable)
 
 #: What a `celeryconfig` must not take away: without these, a killed worker loses steps.
 _NEEDED = {
@@ -47,76 +45,6 @@ _NEEDED = {
 class Process(Protocol):
     def executor(self) -> Executor: ...
     def stop(self) -> None: ...
-
-
-class _Every:
-    """Something done again and again, on a thread of its own."""
-
-    def __init__(self, name: str, every_s: float, once: Callable[[], None]) -> None:
-        self._every_s = every_s
-        self._once = once
-        self._next_s = every_s
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-
-    def soon(self, in_s: float | None) -> None:
-        """Take the next turn in so many seconds, if that is earlier than it would be."""
-        if in_s is not None:
-            self._next_s = max(0.01, min(self._every_s, in_s))
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stopped.set()
-        self._thread.join(10)
-
-    def _run(self) -> None:
-        while not self._stopped.wait(self._next_s):
-            self._next_s = self._every_s
-            self._once()
-
-
-class Pulse:
-    """Renews the leases of this process and hears which steps are no longer its own.
-
-    So a cancelled run stops here within one beat, and a step whose lease ran out while this process was stopped does
-    not go on beside its successor.
-    """
-
-    def __init__(self, record: Record, holds: Holds, shared: Shared, *, every_s: float, lease_s: float) -> None:
-        self._record = record
-        self._shared = shared
-        self._holds = holds
-        self._lease_s = lease_s
-        self._every = _Every("ferrum-pulse", every_s, self.beat)
-
-    def start(self) -> None:
-        self._every.start()
-
-    def stop(self) -> None:
-        self._every.stop()
-        self.beat()
-
-    def beat(self) -> None:
-        released = self._holds.take_released()
-        try:
-            if released:
-                self._record.release(released)
-                released = []
-            if held := self._holds.current():
-                self._holds.lose(self._record.renew(held, self._lease_s))
-            if slots := self._holds.slots():
-                self._shared.limits.renew(slots, 2 * self._lease_s)
-            if digests := self._holds.digests():
-                self._shared.cache.renew(digests, 2 * self._lease_s)
-        except _AWAY as error:
-            self._holds.put_back(released)
-            log.warning("leases were not renewed, Redis does not answer: %s", type(error).__name__)
-        except Exception:
-            # Without a pulse, every step of this worker would be given to another while it runs here.
-            self._holds.put_back(released)
-            log.exception("leases were not renewed")
 
 
 class Sweeper:
@@ -134,7 +62,7 @@ class Sweeper:
         self._answered_at = time.monotonic()
         self._idle_since = time.monotonic()
         self._away = Outage(log, "this worker")
-        self._every = _Every("ferrum-sweeper", config.sweep, self.once)
+        self._every = Every("ferrum-sweeper", config.sweep, self.once)
 
     def start(self) -> None:
         """Begin once Redis takes what this worker writes, however long that takes."""
@@ -177,7 +105,7 @@ class Sweeper:
         self._every.stop()
         try:
             self._executor.record.gone(self._executor.worker)
-        except _AWAY:
+        except AWAY:
             log.debug("Redis does not answer: this worker's name stays until its time is over")
 
     def once(self) -> None:
@@ -188,7 +116,7 @@ class Sweeper:
                 self._sweep()
             self._stop_when_idle()
             self._away.over()
-        except _AWAY as error:
+        except AWAY as error:
             self._reap_from = time.monotonic() + self._config.lease
             self._away.began(error)
         except Exception:
@@ -392,7 +320,7 @@ def _renew_custody(consumer: Any) -> None:
     try:
         with channel.conn_or_acquire() as client:
             renew(client, list(channel.qos._delivered))
-    except _AWAY:
+    except AWAY:
         log.debug("custody of messages was not renewed: Redis does not answer")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Literal
 
@@ -39,7 +38,7 @@ class Router(StepType[RouterParams]):
         if tried:
             name = tried[-1]
             done = whole.frame(name)
-            took_ms = (time.time() - float(str(memory["since"]))) * 1000
+            took_ms = (whole.now() - float(str(memory["since"]))) * 1000
             denied = denied or bool(done.denied)
             if not done.denied:
                 whole.report(
@@ -61,7 +60,7 @@ class Router(StepType[RouterParams]):
             # Another step tries just now whether it is well again.
             health[targets[best]] = Health(usable=False)
         tried.append(best)
-        more: dict[str, JsonValue] = {"tried": [*tried], "errors": [*errors], "denied": denied, "since": time.time()}
+        more: dict[str, JsonValue] = {"tried": [*tried], "errors": [*errors], "denied": denied, "since": whole.now()}
         raise Inside(f"{best!r}, {why}", label=best, memory=more, wake_in_s=attempt.timeout_s)
 
 

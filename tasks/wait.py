@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import datetime
 
 from pydantic import Field, JsonValue, field_validator, model_validator
@@ -48,9 +47,9 @@ class Wait(StepType[WaitParams]):
         if isinstance(attempt.memory, (int, float)):
             due = float(attempt.memory)
         else:
-            due = time.time() + params.for_ if params.for_ is not None else _seconds(str(params.until))
-        left = due - time.time()
-        # Woken a moment early by another clock, it is not sent to sleep again.
+            due = attempt.now() + params.for_ if params.for_ is not None else _seconds(str(params.until))
+        left = due - attempt.now()
+        # Redis counts in milliseconds: woken a moment early, it is not sent to sleep again.
         if left <= 0.05:
             return None
         raise Park("timer", f"until {datetime.fromtimestamp(due).astimezone():%Y-%m-%d %H:%M:%S %z}", left, memory=due)

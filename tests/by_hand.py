@@ -73,12 +73,12 @@ class ByHand:
         """What a worker would claim with that gets another copy of the step's message."""
         return Held(self.run_id, step, f"w#{next(_numbers)}")
 
-    def claim(self, step: str, *, lease_s: float = 60) -> Claimed | Passed | Dropped | Ended:
+    def claim(self, step: str, *, lease_s: float = 60, worker: str = "w") -> Claimed | Passed | Dropped | Ended:
         self.held[step] = self.copy(step)
-        return self.record.claim(self.held[step], "w", lease_s)
+        return self.record.claim(self.held[step], worker, lease_s)
 
-    def begin(self, step: str, *, lease_s: float = 60) -> Claimed:
-        claimed = self.claim(step, lease_s=lease_s)
+    def begin(self, step: str, *, lease_s: float = 60, worker: str = "w") -> Claimed:
+        claimed = self.claim(step, lease_s=lease_s, worker=worker)
         assert isinstance(claimed, Claimed), claimed
         return claimed
 
@@ -106,6 +106,12 @@ class ByHand:
             self.begin(step)
             ended = self.finish(step)
         return ended
+
+    def lose(self, step: str, worker: str = "w") -> list[Resend]:
+        """Its worker dies while it runs it, and the sweeper finds that; what is sent. Nobody waits until it may run."""
+        self.record.nudge(self.run_id)
+        self.begin(step, lease_s=0, worker=worker)
+        return self.sweep()
 
     def park(
         self,

@@ -21,7 +21,7 @@ import ferrum
 from ferrum.artifacts import Kept
 from ferrum.errors import Conflict, NotFound
 from ferrum.local.redis import PrivateRedis
-from ferrum.record import MAX_LOST, PARTITIONS, Claimed, Dropped, Ended, Held
+from ferrum.record import PARTITIONS, POISON, Claimed, Dropped, Ended, Held
 from ferrum.results import RunStatus, StepStatus, Usage
 from ferrum.runs import record
 from ferrum.workflow import Workflow
@@ -295,14 +295,23 @@ def test_the_record_answers_the_same_when_it_is_asked_again(clean_redis: str) ->
     assert_events_agree(clean_redis, run_id)
 
 
+def _swept_lost(run_id: str) -> int:
+    """How often its first step lost its worker, after one more look of the sweeper's."""
+    record().sweep({}, resend_after_s=60, reap=True)
+    return len(happened(run_id, "step.lost", "a"))
+
+
 def test_a_step_that_kills_its_worker_again_and_again_is_given_up(fleet: Fleet, redis_url: str) -> None:
     run_id = ferrum.submit({"name": "x", "steps": {"a": echo(1), "b": echo(2, needs=["a"]), "c": echo(3)}})
     with redis.Redis.from_url(redis_url) as client:
         client.delete(lane("ferrum.task"))
-    for number in range(MAX_LOST + 1):
-        held = Held(run_id, "a", f"dead:1:x#{number}")
-        eventually(lambda held=held: isinstance(record().claim(held, "dead:1:x", lease_s=0.01), Claimed))
-        eventually(lambda: record().sweep({}, resend_after_s=60, reap=True).sends)
+    for number in range(POISON):
+        # Else it waits, each time longer than before.
+        record().nudge(run_id)
+        worker = f"dead:{number}:x"
+        held = Held(run_id, "a", f"{worker}#0")
+        eventually(lambda held=held, name=worker: isinstance(record().claim(held, name, lease_s=0.01), Claimed))
+        eventually(lambda lost=number + 1: _swept_lost(run_id) == lost)
     fleet.start(FERRUM_RESEND_AFTER="1")
     run = ended(run_id)
     assert (run.status, run.reason) == (RunStatus.FAILED, "'a' failed")

@@ -549,6 +549,7 @@ def test_holds_know_only_what_they_hold() -> None:
     holds.drop(held)
     assert holds.take_released() == []
     hold = holds.add(held)
+    hold.claimed = True
     holds.lose([held])
     stopped: list[str] = []
     holds.stoppable(hold, lambda: stopped.append("stopped"))

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ferrum.local.redis import PrivateRedis
 from ferrum.record import (
     LANES,
     MAX_LOST,
+    POISON,
     Claimed,
     Created,
     Dropped,
@@ -809,9 +810,8 @@ def test_a_nudge_and_a_lost_message_reach_what_is_inside_of_a_step(record: Recor
 def test_a_step_inside_that_took_too_many_workers_with_it_fails_and_ends_the_wait(record: Record) -> None:
     run, _ = fan_out(record, total=1)
     sent: list[Resend] = []
-    for _ in range(MAX_LOST + 1):
-        run.begin("a.0", lease_s=0)
-        sent = run.sweep()
+    for _ in range(MAX_LOST):
+        sent = run.lose("a.0")
     assert [(one.step_id, one.signature) for one in sent] == [("a", "its signature")]
     assert record.state(run.run_id).step("a.0").status is StepStatus.FAILED
 
@@ -819,9 +819,8 @@ def test_a_step_inside_that_took_too_many_workers_with_it_fails_and_ends_the_wai
 def test_the_last_step_that_took_too_many_workers_with_it_closes_its_run(record: Record) -> None:
     step = {"type": "task", "task": "t", "on_error": "continue"}
     run = ByHand(record, Workflow.of({"name": "x", "steps": {"a": step}, "outputs": {"r": "{{ a }}"}}))
-    for _ in range(MAX_LOST + 1):
-        run.begin("a", lease_s=0)
-        sent = run.sweep()
+    for _ in range(MAX_LOST):
+        sent = run.lose("a")
     assert sent == [Resend(run.run_id, "a", "")]
     assert run.claim("a") == Ended(close=True)
 
@@ -975,12 +974,11 @@ def test_a_step_that_took_too_many_workers_with_it_fails(
     run = ByHand(record, needs)
     if needs is CROSS:
         run.do("b", "d")
-    for attempt in range(1, MAX_LOST + 2):
-        assert run.begin("a", lease_s=0).attempt == attempt
-        sent = run.sweep()
+    for _ in range(MAX_LOST):
+        sent = run.lose("a")
     step = record.state(run.run_id).step("a")
     assert (step.status, step.error) == (
-        StepStatus.FAILED, f"its worker died {MAX_LOST + 1} times while it ran; it is not tried again",
+        StepStatus.FAILED, f"its worker died {MAX_LOST} times while it ran, within an hour; it is not tried again",
     )  # fmt: skip
     assert sent == [Resend(run.run_id, *follows)]
     for rest in run.plan.steps:
@@ -1459,6 +1457,72 @@ def test_a_full_redis_is_waited_for(redis_url: str, client: redis.Redis) -> None
         client.config_set("maxmemory", "0")
         patient.close_connections()
     assert patient.status(run.run_id) is RunStatus.COMPLETED
+
+
+# A step that ends its workers, and a night in which they end anyway.
+
+
+def _died_at(record: Record, workers: Iterable[str]) -> None:
+    """These died just now, whatever they ran."""
+    for worker in workers:
+        other = ByHand(record, {"a": []})
+        other.begin("a", lease_s=0, worker=worker)
+        other.sweep()
+
+
+def test_a_step_that_ends_one_worker_after_the_other_is_given_up_before_it_ends_many(record: Record) -> None:
+    record._redis.delete("ferrum:died")
+    run = ByHand(record, {"a": [], "b": ["a"]})
+    for number in range(POISON):
+        assert record.state(run.run_id).step("a").status is not StepStatus.FAILED
+        run.lose("a", f"w{number}")
+    assert record.state(run.run_id).step("a").error == (
+        f"{POISON} workers died while they ran it and 0 others did; it is not tried again"
+    )
+
+
+def test_a_step_is_not_to_blame_for_a_night_in_which_all_workers_die(record: Record) -> None:
+    record._redis.delete("ferrum:died")
+    run = ByHand(record, {"a": []})
+    for number in range(2 * POISON):
+        _died_at(record, [f"beside{number}"])
+        run.lose("a", f"w{number}")
+    assert record.state(run.run_id).step("a").status is StepStatus.PENDING
+
+
+def test_a_worker_that_lost_a_step_again_and_again_and_lives_is_one_worker(record: Record) -> None:
+    record._redis.delete("ferrum:died")
+    run = ByHand(record, {"a": []})
+    for _ in range(2 * POISON):
+        run.lose("a", "the same")
+    assert record.state(run.run_id).step("a").status is StepStatus.PENDING
+    # Nobody has died, so nobody waits for that.
+    assert [one.step_id for one in run.lose("a", "the same")] == ["a"]
+
+
+def test_a_step_that_lost_its_worker_again_waits_before_it_is_tried_again(record: Record) -> None:
+    run = ByHand(record, {"a": []})
+    assert [one.step_id for one in run.lose("a", "w1")] == ["a"]
+    assert run.lose("a", "w2") == []
+    # Its message, which comes again when its worker is gone, is too early.
+    assert run.claim("a") == Dropped("its workers died, it is tried again later")
+    assert run.sweep() == []
+    timers = f"{base_of(run.run_id)}:timers"
+    steps = f"{base_of(run.run_id)}:steps:{run.run_id}"
+    state = json.loads(record._redis.hget(steps, "a") or "")
+    record._redis.hset(steps, "a", json.dumps({**state, "nb": 1}))
+    record._redis.zadd(timers, {f"{run.run_id} a": 0})
+    assert [one.step_id for one in run.sweep()] == ["a"]
+    assert run.begin("a").attempt == 3
+
+
+def test_a_run_whose_step_waits_after_its_workers_died_can_be_cancelled(record: Record) -> None:
+    run = ByHand(record, {"b": []}, keep_s=60)
+    run.lose("b", "w1")
+    run.lose("b", "w2")
+    record.cancel(run.run_id, "ann")
+    assert record.status(run.run_id) is RunStatus.CANCELLED
+    assert run.sweep() == []
 
 
 def test_a_decision_counts_for_what_was_seen_alone(record: Record) -> None:

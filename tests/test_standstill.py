@@ -31,12 +31,12 @@ def record(redis_server: PrivateRedis) -> Iterator[Record]:
 
 
 def test_no_answer_of_redis_ends_the_pulse(record: Record, redis_url: str) -> None:
-    from ferrum.worker import Pulse
+    from ferrum.pulse import Pulse
 
     run = ByHand(record, {"a": []})
     run.begin("a")
     holds = Holds()
-    holds.add(run.held["a"])
+    holds.add(run.held["a"]).claimed = True
     pulse = Pulse(record, holds, Shared.of(record), every_s=60, lease_s=60)
     leases = f"{base_of(run.run_id)}:leases"
     with redis.Redis.from_url(redis_url) as client:

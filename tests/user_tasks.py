@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import time
@@ -230,3 +231,26 @@ def hostile(log: str, what: str) -> Any:
     with Path(log).open("a") as file:
         file.write(".")
     return HOSTILE[what]()
+
+
+@shared_task(name="user.hold")
+def hold(log: str, seconds: float, times: int = 1) -> int:
+    """Holds the interpreter, as a C function does that never lets go of it, `times` times; a line when it begins."""
+    with Path(log).open("a") as file:
+        file.write(f"{key()} {os.getpid()}\n")
+    libc = ctypes.PyDLL(None)
+    for _ in range(times):
+        libc.usleep(round(seconds * 1_000_000))
+    return os.getpid()
+
+
+@shared_task(name="user.effects")
+def effects(log: str, every_s: float, count: int) -> int:
+    """Leaves `count` lines in `log`, one each `every_s` seconds, each with the time and its process."""
+    for _ in range(count):
+        with Path(log).open("a") as file:
+            file.write(f"{key()} {os.getpid()} {time.time()}\n")
+        end = time.monotonic() + every_s
+        while time.monotonic() < end:
+            time.sleep(0.01)
+    return count

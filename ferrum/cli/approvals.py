@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from typing import TYPE_CHECKING
 
 import click
@@ -39,8 +38,9 @@ def list_approvals(as_json: bool) -> None:
 
 def _approval(one: Approval) -> str:
     from ferrum.follow import duration
+    from ferrum.runs import record
 
-    head = f"{one.run_id} {one.step_id}  {one.workflow}  for {duration(max(time.time() - one.since, 0))}"
+    head = f"{one.run_id} {one.step_id}  {one.workflow}  for {duration(max(record().now() - one.since, 0))}"
     return "\n".join([head, *asks(one.message, one.act), *how_to_answer(one.run_id, one.step_id, one.digest)])
 
 

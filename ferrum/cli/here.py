@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -216,6 +215,7 @@ def short(digest: str) -> str:
 def echo_report(view: RunView, events: Sequence[Event]) -> None:
     """Print what came of a run and where the time went."""
     from ferrum.follow import report, times
+    from ferrum.runs import record
 
     click.echo()
-    say(report(view, times(events, time.time())))
+    say(report(view, times(events, record().now())))

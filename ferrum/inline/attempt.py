@@ -142,6 +142,9 @@ class Attempt:
     def own_label(self) -> str:
         return "" if "" in self._step.bodies else str(self._state.failed_tries + 1)
 
+    def now(self) -> float:
+        return self._world.now()
+
     def signal(self) -> tuple[JsonValue] | None:
         return (self._opened(self._state.signal),) if self._state.signal else None
 

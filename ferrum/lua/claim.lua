@@ -1,6 +1,6 @@
 -- ARGV: run, step, token, worker, lease ms.
 -- Returns {'run', plan, attempt, failed tries, verdict, bound, grants JSON, input, memory, signal envelope, tenant,
--- then (name, status, output)… of its needs and of what else it reads, items of frames among them},
+-- time in ms, then (name, status, output)… of its needs and of what else it reads, items of frames among them},
 -- {'skipped', close, sends} (or cancelled), {'pass'} (ended before; its canvas may go on), {'close', 1, {}} (ended, but
 -- the run is not closed) or {'drop', why}.
 local step, token = ARGV[2], ARGV[3]
@@ -22,6 +22,7 @@ if ENDED[state.s] then
 end
 local again = state.s == 'running' and state.k == token
 if state.s == 'waiting' then return { 'drop', 'it is waiting' } end
+if state.nb and now < state.nb then return { 'drop', 'its workers died, it is tried again later' } end
 if state.s == 'running' and not again and redis.call('ZSCORE', leases_key, member(step) .. ' ' .. state.k) then
   return { 'drop', 'it is running' }
 end
@@ -69,6 +70,7 @@ end
 if not again then
   if state.same then state.same = nil else state.a = state.a + 1 end
   state.s, state.k, state.w, state.t, state.q, state.j = 'running', token, ARGV[4], now, nil, nil
+  state.nb = nil
   save(step, state)
   emit('step.started', step, '{"attempt":' .. state.a .. ',"worker":' .. cjson.encode(ARGV[4]) .. '}')
 end
@@ -76,7 +78,7 @@ redis.call('ZADD', leases_key, number(now + ARGV[5]), member(step) .. ' ' .. tok
 
 local of_run = redis.call('HMGET', run_key, 'plan', 'tenant')
 local reply = { 'run', of_run[1], state.a, state.f or 0, state.v or '', state.b or '',
-  state.g and cjson.encode(state.g) or '[]', '', state.m or '', state.h or '', of_run[2] }
+  state.g and cjson.encode(state.g) or '[]', '', state.m or '', state.h or '', of_run[2], number(now) }
 if here.i == 1 then reply[8] = carried(redis.call('HGET', run_key, 'input')) end
 local function add(name, how, output)
   reply[#reply + 1] = name

@@ -9,8 +9,8 @@ plan_key = base .. ':plan:' .. ARGV[4]
 -- Asked again: the first answer was lost, and whoever asks is still to send its first messages.
 if redis.call('EXISTS', run_key) == 1 then return { 'new', lane_of('') } end
 if key ~= '' then
-  local first = redis.call('GET', base .. ':key:' .. key)
-  if first then return { 'old', first } end
+  local till, first = string.match(redis.call('GET', base .. ':key:' .. key) or '', '^(%d+) (.*)$')
+  if till and tonumber(till) > now then return { 'old', first } end
 end
 if redis.call('HEXISTS', plan_key, ' doc') == 0 then return { 'plan' } end
 local depth, of_run = 1, tonumber(ARGV[12])
@@ -29,7 +29,10 @@ if ARGV[14] ~= '' then
 end
 -- Who has many runs here waits behind those who have few.
 if ARGV[14] == '' and redis.call('HINCRBY', tenants_key, ARGV[17], 1) > MANY then of_run = behind(of_run) end
-if key ~= '' then redis.call('SET', base .. ':key:' .. key, run_id, 'PX', ARGV[3]) end
+if key ~= '' then
+  -- Its end is compared; that the key goes away only cleans up.
+  redis.call('SET', base .. ':key:' .. key, number(now + ARGV[3]) .. ' ' .. run_id, 'PX', ARGV[3] + 60000)
+end
 redis.call('HINCRBY', plan_key, ' refs', 1)
 redis.call('PERSIST', plan_key)
 redis.call('HSET', run_key, 'status', 'queued', 'plan', ARGV[4], 'keep', ARGV[5], 'outputs', ARGV[8], 'left', ARGV[9],

@@ -4,7 +4,8 @@
 -- One step's state is a JSON object in the hash `steps:<run>`; a step without one is pending and untouched:
 --   s status          a attempt         k token of the claim      w worker
 --   e id of the event it ended with (that event holds its output)  t when it was claimed, ms
---   f tries that failed                 l tries whose worker died  d 1 when it was sent alone, off its canvas
+--   f tries that failed                 l workers that died with it, and when: JSON list of [worker, ms]
+--   nb after several of those: not before that time, ms            d 1 when it was sent alone, off its canvas
 --   c the failed step that made it be skipped                      r what it has reserved of the budget
 --   p kind of what it waits for         v what was decided, JSON   b digest of the act that a person is asked about
 --   g digests of the acts a person approved
@@ -481,6 +482,7 @@ local function withdraw(step, state, here)
     redis.call('ZREM', timers_key, member(step))
     uncount(step, state)
   elseif redis.call('ZREM', ready_key(here.q, step), member(step)) == 1 then
+    if state.nb then redis.call('ZREM', timers_key, member(step)) end
     active = active - 1
   end
   if here.d then in_time(step) end

@@ -11,6 +11,11 @@ end
 for _, step in ipairs(steps) do
   local state, here = load(step), node(step)
   if state.s == 'pending' and redis.call('ZSCORE', ready_key(here.q, step), member(step)) then
+    if state.nb then
+      state.nb = nil
+      redis.call('ZREM', timers_key, member(step))
+      redis.call('ZADD', ready_key(here.q, step), number(now), member(step))
+    end
     detach(step, state, here)
     save(step, state)
     send(step, '')

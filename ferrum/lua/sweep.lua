@@ -1,6 +1,7 @@
 -- The repair of one partition. ARGV: '' (no run), reap ('1': give up leases that ran out), ready for how many ms
--- before it is looked at, how often a step may lose its worker, most per kind, then (queue, lane, empty '1' or '0')…
--- Returns sends, and last in how many ms the next timer is due ('' for none).
+-- before it is looked at, the rule of when a step is given up (JSON, see `Record.sweep`), most per kind, then
+-- (queue, lane, empty '1' or '0')…
+-- Returns {sends, in how many ms the next timer is due ('' for none), the workers that died}.
 local function split(name) return string.match(name, '^(%S+) (%S+) ?(%S*)$') end
 local function due(key, score)
   return redis.call('ZRANGEBYSCORE', key, '-inf', score, 'LIMIT', 0, ARGV[5])
@@ -32,8 +33,13 @@ for _, name in ipairs(due(timers_key, number(now))) do
   elseif late then
     too_late(late)
   elseif live(node(step)) then
-    local state = load(step)
-    if state.s == 'waiting' then
+    local state, here = load(step), node(step)
+    if state.s == 'pending' and state.nb then
+      state.nb = nil
+      save(step, state)
+      redis.call('ZADD', ready_key(here.q, step), 'XX', number(now), member(step))
+      send(step, '')
+    elseif state.s == 'waiting' then
       if ASKS[state.p] then
         state.v = '{"approved":false,"expired":true,"by":"","note":""}'
         emit('approval.decided', step, state.v)
@@ -55,13 +61,51 @@ local function send_what_follows(step, here, state)
   end
 end
 
+local rule = cjson.decode(ARGV[4])
+local died = {}
+
+-- Why a step that lost its worker so often is not tried again; nothing where it is. A step that ends its workers is told
+-- from a night in which they end anyway: those that end are those that run it, and hardly any other.
+local function poison(losses)
+  local mine, distinct, others = {}, 0, 0
+  for _, loss in ipairs(losses) do
+    if not mine[loss[1]] then distinct = distinct + 1 end
+    mine[loss[1]] = true
+  end
+  for _, death in ipairs(rule.deaths) do
+    if death[2] > losses[1][2] - 10000 and not mine[death[1]] then others = others + 1 end
+  end
+  if distinct >= rule.few and others * 2 <= distinct then
+    return distinct .. ' workers died while they ran it and ' .. others .. ' others did; it is not tried again'
+  end
+  if #losses >= rule.many then
+    return 'its worker died ' .. #losses .. ' times while it ran, within an hour; it is not tried again'
+  end
+  return nil, distinct
+end
+
+-- The first time at once, then later and later: a step that ends its workers is to be alone when it does, and others are
+-- to end without it where it does not. Not at the same moment as what was lost together with it.
+local function pause(step, workers)
+  if workers < 2 then return 0 end
+  local odd = now
+  for i = 1, #step do odd = odd + i * string.byte(step, i) * 131 end
+  return math.min(120000, 1000 * 2 ^ (workers - 2)) * (0.5 + odd % 1000 / 1000)
+end
+
 local function lose(step, here, state)
   local reserved = state.r or {}
   settle(state, reserved)
-  state.l = (state.l or 0) + 1
+  local losses = {}
+  for _, loss in ipairs(type(state.l) == 'table' and state.l or {}) do
+    if loss[2] > now - rule.within then losses[#losses + 1] = loss end
+  end
+  losses[#losses + 1] = { state.w, now }
+  state.l = losses
+  died[#died + 1] = state.w
   emit('step.lost', step, cjson.encode({ attempt = state.a, worker = state.w, reason = 'its worker died', usage = reserved }))
-  if state.l > tonumber(ARGV[4]) then
-    local error = 'its worker died ' .. state.l .. ' times while it ran; it is not tried again'
+  local error, workers = poison(losses)
+  if error then
     if fail(step, here, state, error)[2] == 1 then
       send(step, '')
       redis.call('ZADD', leases_key, number(now + 5000), member(step) .. ' !')
@@ -70,9 +114,15 @@ local function lose(step, here, state)
   end
   state.s, state.k = 'pending', nil
   detach(step, state, here)
+  local later = pause(step, workers)
+  if later > 0 then
+    state.nb = math.floor(now + later)
+    redis.call('ZADD', timers_key, number(state.nb), member(step))
+  else
+    send(step, '')
+  end
   save(step, state)
-  redis.call('ZADD', ready_key(here.q, step), number(now), member(step))
-  send(step, '')
+  redis.call('ZADD', ready_key(here.q, step), number(now + later), member(step))
 end
 
 if ARGV[2] == '1' then
@@ -131,5 +181,4 @@ for i = 6, #ARGV, 3 do
   end
 end
 local first = redis.call('ZRANGE', timers_key, 0, 0, 'WITHSCORES')
-sends[#sends + 1] = first[2] and number(math.max(0, first[2] - now)) or ''
-return sends
+return { sends, first[2] and number(math.max(0, first[2] - now)) or '', died }

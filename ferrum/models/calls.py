@@ -314,4 +314,9 @@ def _seconds(headers: Mapping[str, str]) -> float | None:
         until = parsedate_to_datetime(found["retry-after"])
     except (KeyError, ValueError):
         return None
-    return max(0.0, (until.astimezone(UTC) - datetime.now(UTC)).total_seconds())
+    try:
+        # By the clock that the date is of, not by ours.
+        now = parsedate_to_datetime(found["date"])
+    except (KeyError, ValueError):
+        now = datetime.now(UTC)
+    return max(0.0, (until.astimezone(UTC) - now.astimezone(UTC)).total_seconds())

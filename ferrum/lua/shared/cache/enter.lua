@@ -1,7 +1,7 @@
 -- ARGV: time, digest, who, hold ms. Returns {'hit', envelope}, {'compute'} or {'wait'}.
 open(ARGV[2])
 local who = ARGV[3]
-local kept = redis.call('GET', value)
+local kept = envelope()
 if kept then
   redis.call('ZREM', waiters, who)
   count('hits')

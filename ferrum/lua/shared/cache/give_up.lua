@@ -4,5 +4,5 @@ local who = ARGV[3]
 if holder() == who then redis.call('DEL', turn) end
 redis.call('ZREM', waiters, who)
 settle()
-if holder() or redis.call('EXISTS', value) == 1 then return {} end
+if holder() or envelope() then return {} end
 return redis.call('ZRANGE', waiters, 0, 0)

@@ -1,5 +1,5 @@
 -- What is kept of one digest:
---   value:<digest>    envelope, for as long as it is good
+--   value:<digest>    until when it is good, a space, and the envelope
 --   turn:<digest>     until when, a space, and who computes it
 --   waiters:<digest>  sorted set of who waits for it, by when it began to
 --   named:<digest>    how often the sweep has named the same who wait
@@ -22,8 +22,17 @@ local function holder()
   local till, who = string.match(redis.call('GET', turn) or '', '^(%d+) (.*)$')
   if till and tonumber(till) > now then return who, tonumber(till) end
 end
-local function hold(who, ms_held)
-  redis.call('SET', turn, number(now + ms_held * 1000) .. ' ' .. who, 'PX', ms_held)
+-- Ends are compared; that a key goes away, a while later, only cleans up.
+local function keep(name, ms_kept, what)
+  redis.call('SET', name, number(now + ms_kept * 1000) .. ' ' .. what, 'PX', ms_kept + 60000)
+end
+local function hold(who, ms_held) keep(turn, ms_held, who) end
+
+-- The envelope, while it is good.
+local function envelope()
+  local kept = redis.call('GET', value) or ''
+  local space = string.find(kept, ' ', 1, true)
+  if space and tonumber(string.sub(kept, 1, space - 1)) > now then return string.sub(kept, space + 1) end
 end
 
 local function count(what)

@@ -1,7 +1,7 @@
 -- ARGV: time, digest, who, envelope, life ms. Returns everyone who waits for it.
 open(ARGV[2])
 local who = ARGV[3]
-redis.call('SET', value, ARGV[4], 'PX', ARGV[5])
+keep(value, ARGV[5], ARGV[4])
 if holder() == who then redis.call('DEL', turn) end
 redis.call('ZREM', waiters, who)
 redis.call('DEL', named)

@@ -3,7 +3,7 @@
 local names = {}
 for _, name in ipairs(redis.call('ZRANGEBYSCORE', due_key, '-inf', number(now), 'LIMIT', 0, ARGV[2])) do
   open(name)
-  local there = redis.call('EXISTS', value) == 1
+  local there = envelope()
   if there or not holder() then
     local last = there and -1 or 0
     for _, who in ipairs(redis.call('ZRANGE', waiters, 0, last)) do
