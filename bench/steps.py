@@ -61,7 +61,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 def environment(url: str, folder: Path) -> None:
     """The settings of the worker and of this process."""
-    (folder / "policy.yaml").write_text("{}\n")
+    (folder / "policy.yaml").write_text('allow: ["task:*"]\n')
     os.environ |= {
         "FERRUM_REDIS_URL": url,
         "FERRUM_HOME": str(folder),

@@ -1,6 +1,7 @@
 """The Celery tasks that the examples run: a small shop that needs nothing but this file.
 
-FERRUM_IMPORTS=example_tasks PYTHONPATH=examples celery -A ferrum worker
+export FERRUM_IMPORTS=example_tasks PYTHONPATH=examples FERRUM_POLICY=examples/ferrum.policy.yaml
+celery -A ferrum worker
 """
 
 from __future__ import annotations

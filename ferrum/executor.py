@@ -1,6 +1,6 @@
 """One attempt at one step: claim → resolve inputs → decide → act → check output → finish. No Celery in it.
 
-Here is the one place that lets an act happen (`_Attempt.perform`), and the one `except Exception`: even a bug becomes a
+Here is the one place that lets an act happen (`_Attempt._decide`), and the one `except Exception`: even a bug becomes a
 recorded result, because the steps behind it wait for one.
 """
 
@@ -676,6 +676,9 @@ class _Attempt:
         params = self._step.resolve(scope)
         self._take_turn(scope)
         kind = self._step.type
+        if (own := kind.act(params)) is not None:
+            self._decide(own)
+            self._usage += own.counts
         if inspect.iscoroutinefunction(kind.run):
             return self._on_loop(kind.run(params, self))
         return self._in_thread(lambda: kind.run(params, self))
@@ -961,8 +964,13 @@ class _Attempt:
     # The choke point.
 
     async def perform(self, act: Act[R], /) -> R:
+        await asyncio.to_thread(self._decide, act)
+        return await self._do(act)
+
+    def _decide(self, act: Act[Any]) -> None:
+        """Returns where the act may be done now. Raises `Denied`, and `Park` to ask a person."""
         decision = decide(act, self._executor.policy, self._claim.grants)
-        await asyncio.to_thread(self._admit, decision, self._executor.actors.estimate(act))
+        self._admit(decision, self._executor.actors.estimate(act))
         if decision.effect is Effect.DENY:
             raise Denied(decision.reason)
         if decision.effect is Effect.ASK:
@@ -970,7 +978,6 @@ class _Attempt:
         if not self._executor.holds.may_act(self._hold):
             # Between the decision and the act this process stood still, or could not reach Redis.
             raise self._stopped()
-        return await self._do(act)
 
     def _admit(self, decision: Decision, wanted: Usage) -> None:
         with self._telling:

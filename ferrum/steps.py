@@ -246,6 +246,13 @@ class StepType(ABC, Generic[P]):
         in the worker's thread and gets an exception there. Raises `StepError`, or `Park` to wait.
         """
 
+    def act(self, params: P) -> Act[Any] | None:
+        """What is decided on before `run`, for a type that does it itself, where it runs.
+
+        `None` where `run` asks for whatever it does by `Attempt.perform`.
+        """
+        return None
+
     @property
     def queue(self) -> str:
         return "ferrum.flow" if self.composed else f"ferrum.{self.name}"

@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from importlib import import_module
 from inspect import isawaitable
-from types import FunctionType
 from typing import Any
 
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError, field_validator, model_validator
 
 from ferrum.errors import StepError, TaskError, did_you_mean
+from ferrum.exports import exported_names, function_of, is_address
+from ferrum.governance.acts import TaskCall
 from ferrum.loop import Interrupted, is_cancelled, is_terminated, raised
 from ferrum.settings import settings
 from ferrum.steps import Attempt, Params, StepType
@@ -36,10 +37,10 @@ class TaskParams(Params):
     @field_validator("function")
     @classmethod
     def _is_an_address(cls, name: str | None) -> str | None:
-        if name is not None:
-            module, _, path = name.partition(":")
-            if not all(part.isidentifier() for part in (*module.split("."), *path.split("."))):
-                raise ValueError(f"{name!r} is no function: write module:function, as in shop.steps:fetch")
+        if name is not None and not is_address(name):
+            raise ValueError(
+                f"{name!r} is no function: write module:function, as in shop.steps:fetch, of names without '_' in front"
+            )
         return name
 
     @model_validator(mode="after")
@@ -52,6 +53,9 @@ class TaskParams(Params):
 class Task(StepType[TaskParams]):
     name = "task"
     params = TaskParams
+
+    def act(self, params: TaskParams) -> TaskCall:
+        return TaskCall(name=params.task or params.function or "", arguments=params.input)
 
     def run(self, params: TaskParams, attempt: Attempt) -> Any:
         name = params.task or params.function or ""
@@ -84,8 +88,8 @@ def _task(name: str) -> Callable[..., object]:
 def _function(name: str) -> Callable[..., object]:
     """The function at this address. Raises `StepError`.
 
-    A workflow may come from anywhere, so it reaches nothing but what is defined in the modules that whoever runs the
-    worker named: not `os:system`, and not an `os` that one of those modules imported.
+    A workflow may come from anywhere, so it reaches nothing but what the modules export that whoever runs the worker
+    named, and what is defined in these: not `os:system`, and not an `os` that one of those modules imported.
     """
     module, _, path = name.partition(":")
     if not _is_named(module):
@@ -97,18 +101,24 @@ def _function(name: str) -> Callable[..., object]:
         found: Any = import_module(module)
     except ImportError as error:
         raise StepError(f"this worker cannot import {module!r}: {error}") from error
-    for part in path.split("."):
-        found = getattr(found, part, None)
-    # What `ferrum.primitives.step` made of it.
-    found = getattr(found, "__ferrum_function__", found)
-    if not isinstance(found, FunctionType):
-        raise StepError(f"there is no function {path!r} in {module!r}; a Celery task goes by its name, under 'task'")
-    if not _is_named(found.__module__):
+    known = exported_names(found)
+    work = function_of(getattr(found, path, None))
+    if work is None:
+        hint = did_you_mean(path, known)
         raise StepError(
-            f"this worker does not run {name!r}: it is defined in {found.__module__!r}, which FERRUM_IMPORTS"
+            f"there is no function {path!r} in {module!r}{hint}; a Celery task goes by its name, under 'task'"
+        )
+    if path not in known:
+        raise StepError(
+            f"this worker does not run {name!r}: {module!r} does not export {path!r}; it exports what is in its"
+            " __all__, or without one the public functions that it defines"
+        )
+    if not _is_named(work.__module__):
+        raise StepError(
+            f"this worker does not run {name!r}: it is defined in {work.__module__!r}, which FERRUM_IMPORTS"
             " does not name"
         )
-    return found
+    return work
 
 
 def _is_named(module: str) -> bool:

@@ -40,7 +40,7 @@ class Fleet:
         self.workers: list[Forked] = []
         policy = home / "allow-all.policy.yaml"
         policy.write_text(
-            json.dumps({"allow": [f"{kind}:*" for kind in ("tool", "model", "sandbox", "retrieval", "ingest")]})
+            json.dumps({"allow": [f"{kind}:*" for kind in ("tool", "model", "sandbox", "retrieval", "ingest", "task")]})
         )
         self.environ = {
             **{name: value for name, value in os.environ.items() if not name.startswith("FERRUM_")},

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from os import system
+import os  # noqa: F401 - so that it can be asked for
+from os import system  # noqa: F401 - the same
 from pathlib import Path
 from typing import Any, Literal
 
 from celery import shared_task
 
 from ferrum.primitives import step
-
-__all__ = ["os", "system"]
 
 
 @step

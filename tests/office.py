@@ -67,7 +67,7 @@ class Office:
         self.executor = Executor(
             record=record,
             artifacts=artifacts,
-            policy=Policy.of({"allow": ["tool:*", "model:*", "sandbox:*"]}),
+            policy=Policy.of({"allow": ["tool:*", "model:*", "sandbox:*", "task:*"]}),
             actors=self.actors,
             loop=loop,
             worker="w",

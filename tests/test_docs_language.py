@@ -35,7 +35,7 @@ def checkout(redis_server: PrivateRedis, tmp_path_factory: pytest.TempPathFactor
     with redis.Redis.from_url(redis_server.url) as client:
         client.flushall()
     environ = {
-        "FERRUM_POLICY": "",
+        "FERRUM_POLICY": "examples/ferrum.policy.yaml",
         "FERRUM_IMPORTS": "example_tasks",
         "PYTHONPATH": str(home / "examples"),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,10 +21,16 @@ from ferrum.inline import Stuck, execute
 from ferrum.plan import Plan
 from ferrum.record import Verdict, base_of
 from ferrum.results import Usage
-from ferrum.testing import InlineRun, Scripted, Sent, Shared, run_inline
+from ferrum.testing import InlineRun, Scripted, Sent, Shared
+from ferrum.testing import run_inline as run_inline_by_policy
 from ferrum.testing.actors import ScriptedActors
 
 Json = Any
+
+
+def run_inline(*arguments: Any, **more: Any) -> InlineRun:
+    """With a policy that allows the tests' own tasks, where a test says nothing of it."""
+    return run_inline_by_policy(*arguments, **{"policy": {"allow": ["task:user.*"]}, **more})
 
 
 def echo(value: Json, **more: Json) -> Json:
@@ -220,12 +227,14 @@ def _comparable(story: Json) -> Json:
 
 
 @pytest.mark.parametrize("name", ALIKE)
-def test_a_workflow_goes_the_same_way_in_this_process_and_on_a_fleet(name: str, on_a_fleet: dict[str, str]) -> None:
+def test_a_workflow_goes_the_same_way_in_this_process_and_on_a_fleet(
+    name: str, on_a_fleet: dict[str, str], worker: Any
+) -> None:
     from fleet import ended
 
     run_id = on_a_fleet[name]
     there = ended(run_id)
-    here = run_inline(ALIKE[name])
+    here = run_inline(ALIKE[name], policy=Policy.load(Path(worker.environ["FERRUM_POLICY"])))
     assert (here.status, here.outputs, here.reason) == (there.status, there.outputs, there.reason or "")
     assert {step_id: (s.status, s.attempt, s.output, s.error) for step_id, s in here.result.steps.items()} == {
         s.step_id: (s.status, s.attempt, s.output, s.error) for s in there.steps if s.status != "cancelled" or s.attempt

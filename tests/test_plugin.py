@@ -216,7 +216,7 @@ def test_another(ferrum_worker):
 
 
 def test_policy_script_and_settings_are_fixtures_to_override(project: Project) -> None:
-    project.write("asks.policy.yaml", 'ask: ["model:*"]\n')
+    project.write("asks.policy.yaml", 'ask: ["model:*"]\nallow: ["task:*"]\n')
     project.write(
         "test_policies.py",
         """

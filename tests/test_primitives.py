@@ -394,10 +394,12 @@ def test_what_no_worker_could_import_is_refused_but_for_here() -> None:
         return n
 
     said = refusal(Parallel(inner, partial(lambda n: n, n=1), f.Kind().static, len, fetch))
-    assert said.splitlines()[:3] == [
+    assert said.splitlines()[:4] == [
         "'inner' can only be executed here: no worker can import 'inner', which is defined inside another function;"
         " define it at the top of a module that FERRUM_IMPORTS names on the workers",
         "'step' can only be executed here: no worker can import a lambda;"
+        " define it at the top of a module that FERRUM_IMPORTS names on the workers",
+        "'static' can only be executed here: no worker can import 'Kind.static', which 'flow_steps' does not export;"
         " define it at the top of a module that FERRUM_IMPORTS names on the workers",
         "'len' can only be executed here: no worker can import 'len', which is no function of a module;"
         " define it at the top of a module that FERRUM_IMPORTS names on the workers",
@@ -596,8 +598,7 @@ def test_a_saga_is_undone_on_workers(workers: Fleet, tmp_path: Path) -> None:
         ),
         ("flow_stepsx:fetch", "name 'flow_stepsx' there"),
         ("flow_steps:system", "there is no function 'system' in 'flow_steps'"),
-        ("flow_steps:os.path.join", "defined in 'posixpath', which FERRUM_IMPORTS does not name"),
-        ("flow_steps:shared_task", "defined in 'celery"),
+        ("flow_steps:shared_task", "'flow_steps' does not export 'shared_task'"),
         ("flow_steps:missing", "there is no function 'missing' in 'flow_steps'"),
         ("flow_steps:shout", "a Celery task goes by its name"),
         ("flow_steps.deeper:x", "this worker cannot import 'flow_steps.deeper'"),
@@ -616,6 +617,7 @@ def test_a_workflow_reaches_no_function_that_the_worker_was_not_told_of(
     [
         ({"function": "os.system"}, "'os.system' is no function: write module:function"),
         ({"function": "a:b()"}, "is no function"),
+        ({"function": "flow_steps:os.path.join"}, "is no function"),
         ({"function": "a:b", "task": "c"}, "give either a 'task' or a 'function'"),
         ({}, "give either a 'task' or a 'function'"),
     ],

@@ -29,7 +29,7 @@ BY_CELERY = ("celery", "-A", "ferrum", "worker")
 @pytest.fixture
 def fleet(clean_redis: str, tmp_path: Path) -> Iterator[Fleet]:
     policy = tmp_path / "tools.policy.yaml"
-    policy.write_text('allow: ["tool:*"]\n')
+    policy.write_text('allow: ["tool:*", "task:user.*"]\n')
     environ = {"FERRUM_POLICY": str(policy), "FERRUM_MCP_SERVERS": effects(tmp_path / "effects.log")}
     fleet = Fleet(clean_redis, tmp_path, environ)
     try:

@@ -40,7 +40,7 @@ class Reply(BaseModel):
 R = TypeVar("R", bound=Reply)
 
 #: What a policy's patterns begin with.
-Kind = Literal["model", "tool", "sandbox", "retrieval", "ingest"]
+Kind = Literal["model", "tool", "sandbox", "retrieval", "ingest", "task"]
 
 
 class Act(BaseModel, Generic[R]):
@@ -134,6 +134,19 @@ class ToolCall(Act[ToolReply]):
     @property
     def target(self) -> str:
         return f"{self.server}.{self.tool}"
+
+
+class TaskCall(Act[Reply]):
+    """One call of a Celery task, or of a function, of the user's own; the step that asks for it makes it itself."""
+
+    kind: Literal["task"] = "task"
+    #: The name that the task is registered under, or `module:function`.
+    name: str
+    arguments: dict[str, JsonValue] | list[JsonValue]
+
+    @property
+    def target(self) -> str:
+        return self.name
 
 
 class InputFile(BaseModel):

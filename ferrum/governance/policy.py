@@ -8,8 +8,8 @@ ask: ["tool:git.push"]
 deny: ["tool:*.delete_*"]
 ```
 
-A pattern is `tool:<server>.<tool>`, `model:<provider>/<model>`, `sandbox:<runtime>`, `retrieval:<index>` or
-`ingest:<index>`. In it, `*` stands for any run of characters, none
+A pattern is `tool:<server>.<tool>`, `model:<provider>/<model>`, `sandbox:<runtime>`, `retrieval:<index>`,
+`ingest:<index>`, `task:<name>` or `task:<module>:<function>`. In it, `*` stands for any run of characters, none
 and `.`, `/` and `:` included; everything else stands for itself, upper and lower case apart, from the first character
 to the last. `deny` wins over `ask`, `ask` over `allow`, the order within a list changes nothing but which rule is
 named, and what no pattern matches is denied.
@@ -36,7 +36,7 @@ from ferrum.settings import Settings
 #: Read from the working directory, once it is trusted, where `FERRUM_POLICY` names no other.
 DEFAULT_FILE: Final = trust.POLICY
 
-_KINDS: Final = ("tool", "model", "sandbox", "retrieval", "ingest")
+_KINDS: Final = ("tool", "model", "sandbox", "retrieval", "ingest", "task")
 _BEGINNINGS: Final = ", ".join(f"'{kind}:'" for kind in _KINDS[:-1]) + f" or '{_KINDS[-1]}:'"
 #: What other pattern languages give a meaning to; here it would be a rule that quietly never matches.
 _ODD: Final = re.compile(r"[\s?\[\]{}]")

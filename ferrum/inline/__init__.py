@@ -10,7 +10,7 @@ other processes, and priorities mean nothing.
 from __future__ import annotations
 
 import random as chance
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -70,12 +70,14 @@ async def execute(
     approve: Person | None = None, workflows: Mapping[str, Mapping[str, JsonValue]] | None = None,
     clock: Clock | None = None, shared: Shared | None = None, threads: Executor | None = None,
     random: Callable[[], float] = chance.random, tell: Callable[[Event], None] | None = None,
+    own: Collection[str] = (),
 ) -> Result:  # fmt: skip
     """Run a plan on this event loop to its end, whatever that is: a run that fails is a `Result`, too.
 
     `steps` says what steps do instead of what they would (see `Scripted`). `signals` are given to the run; `approve` is
     asked where a person would be. `workflows` are those that are registered, by name. `shared` makes several runs share
-    a cache, limits and circuit breakers. Blocking steps run in `threads`; it is told of each event as it happens.
+    a cache, limits and circuit breakers. Blocking steps run in `threads`; `tell` is told of each event as it happens.
+    `own` are tasks and functions that the caller hands over, `task:<name>`: its own code, which nobody decides on.
 
     Raises `InputError`, and `Stuck` when it waits for what will not come. Cancelling it stops all that goes on.
     """
@@ -85,7 +87,7 @@ async def execute(
     world = World(
         actors=actors, policy=policy, artifacts=artifacts, approve=approve, clock=clock or WallClock(),
         shared=shared or Shared(), workflows=workflows or {}, threads=pool, random=random,
-        tell=tell or (lambda _: None),
+        tell=tell or (lambda _: None), own=own,
     )  # fmt: skip
     try:
         run = await world.run(plan, input or {}, Said(script, signals or {}))

@@ -190,6 +190,11 @@ class Attempt:
         self._world.shared.breaker.report(target, self._who, ok=ok, latency_ms=latency_ms, now=self._world.now())
 
     async def perform(self, act: Act[R], /) -> R:
+        self._decide(act)
+        return await self._do(act)
+
+    def _decide(self, act: Act[Any]) -> None:
+        """Returns where the act may be done now. Raises `Denied`, and `Park` to ask a person."""
         decision = decide(act, self._world.policy, self._state.grants)
         spent = self._unsettled()
         self._run.admit(
@@ -201,7 +206,6 @@ class Attempt:
             raise Denied(decision.reason)
         if decision.effect is Effect.ASK:
             raise self._ask(act, decision)
-        return await self._do(act)
 
     def _ask(self, act: Act[Any], decision: Decision) -> Denied | Park:
         verdict = self._state.verdict
@@ -306,6 +310,9 @@ class Attempt:
         if script.of(self.step_id) is not None:
             given = params.model_dump(mode="json", by_alias=True)
             return await self._limited(script.play(self.step_id, given))
+        if (own := kind.act(params)) is not None and f"{own.kind}:{own.target}" not in self._world.own:
+            self._decide(own)
+            self._usage += own.counts
         if inspect.iscoroutinefunction(kind.run):
             with self._world.clock.busy():
                 return await self._limited(kind.run(params, self))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ class World:
     def __init__(
         self, *, actors: Actors, policy: Policy, artifacts: Artifacts, approve: Person | None, clock: Clock,
         shared: Shared, workflows: Mapping[str, Mapping[str, JsonValue]], threads: Executor,
-        random: Callable[[], float], tell: Callable[[Event], None],
+        random: Callable[[], float], tell: Callable[[Event], None], own: Collection[str],
     ) -> None:  # fmt: skip
         self.actors = actors
         self.policy = policy
@@ -82,6 +82,8 @@ class World:
         self.threads = threads
         self.random = random
         self.tell = tell
+        #: Acts that are code of this process itself, by kind and target: nobody decides about them.
+        self.own = own
         #: By id, in the order in which they were begun.
         self.runs: dict[str, Run] = {}
         self._approve = approve

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
+from ferrum.exports import exported_names, function_of, is_address
 from ferrum.primitives.flow import OneStep
 
 _json: TypeAdapter[JsonValue] = TypeAdapter(JsonValue)
@@ -47,10 +48,10 @@ def address_of(function: Callable[..., Any]) -> str | None:
     module, path = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
     if not isinstance(function, FunctionType) or not module or module == "__main__":
         return None
-    found: Any = sys.modules.get(module)
-    for part in path.split("."):
-        found = getattr(found, part, None)
-    return f"{module}:{path}" if getattr(found, "__ferrum_function__", found) is function else None
+    found, address = sys.modules.get(module), f"{module}:{path}"
+    if found is None or not is_address(address) or path not in exported_names(found):
+        return None
+    return address if function_of(getattr(found, path)) is function else None
 
 
 def shown(function: Callable[..., Any]) -> str:
@@ -62,4 +63,6 @@ def shown(function: Callable[..., Any]) -> str:
             return f"{name.rpartition('.')[2]!r}, which is defined inside another function"
         case FunctionType() if function.__module__ == "__main__":
             return f"{name!r} from the script that runs"
+        case FunctionType():
+            return f"{name!r}, which {function.__module__!r} does not export"
     return f"{name!r}, which is no function of a module"

@@ -65,8 +65,9 @@ def run_inline(
 
     `steps` says by their ids (`fetch`, `each.3`, `each.*.sum`, `report/fetch` in a sub-workflow) what steps do instead
     of what they would: a value that is returned, an exception that is raised, a function of the step's parameters, or
-    a `Scripted`. Those without run for real. A `task` step calls its Celery task; an `llm` or `tool` step asks `policy`
-    first, which denies all that it does not allow, and then `actors`: real ones where none are given.
+    a `Scripted`. Those without run for real: `policy` is asked first, which denies all that it does not allow, and
+    then a `task` step calls its Celery task, an `llm` or `tool` step `actors`: real ones where none are given. What a
+    flow hands over as objects, functions and tasks, is the caller's own code, and the policy is not asked about it.
 
     `signals` are a run's signals by name, there from the start, or later as `Sent`. `approvals` are the answers of
     people, by step, or a function of the `Ask`; one that is missing is an answer that never comes. `workflows` are
@@ -78,7 +79,7 @@ def run_inline(
     It may be called where an event loop is running, which then waits for it. Raises `WorkflowError`, `InputError`, and
     `Stuck` when the run waits for what will not come.
     """
-    plan = _planned(workflow)
+    plan, own = _planned(workflow)
 
     async def run(loop: _VirtualLoop) -> Result:
         real = _Real()
@@ -86,7 +87,7 @@ def run_inline(
             with _Threads() as threads:
                 return await execute(
                     plan, input, actors=actors or real, policy=_policy(policy), artifacts=Artifacts("memory://"),
-                    steps=steps, signals=signals, approve=_person(plan, approvals), workflows=workflows,
+                    steps=steps, signals=signals, approve=_person(plan, approvals), workflows=workflows, own=own,
                     clock=loop.clock, shared=shared, threads=threads, random=Random(0).random,  # noqa: S311 - the same in each run
                 )  # fmt: skip
         finally:
@@ -95,10 +96,20 @@ def run_inline(
     return InlineRun(_on_its_own_loop(run))
 
 
-def _planned(source: Workflow | Built | Mapping[str, object] | str | PathLike[str]) -> Plan:
+def _planned(source: Workflow | Built | Mapping[str, object] | str | PathLike[str]) -> tuple[Plan, frozenset[str]]:
+    """The plan, and the functions that the caller hands over, which are its own code."""
     if isinstance(source, Mapping):
-        return Plan.of(source)
-    return Plan(source if isinstance(source, Workflow | Built) else Workflow.load(source))
+        return Plan.of(source), frozenset()
+    # Here and not above: who tests files needs none of it.
+    from ferrum.primitives.flow import Flow
+
+    if isinstance(source, Flow):
+        from ferrum.primitives.build import Builder
+
+        builder = Builder({})
+        plan = Plan(builder.workflow(source, None, {}))
+        return plan, frozenset(f"task:{name}" for name in builder.functions)
+    return Plan(source if isinstance(source, Workflow | Built) else Workflow.load(source)), frozenset()
 
 
 def _policy(given: Policy | Mapping[str, list[str]] | None) -> Policy:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 #: What a test may do where it says nothing else. A scripted server speaks for `openai/…` only, so that no test reaches,
 #: and pays, another provider by accident.
-_TESTS_ALLOW = {"allow": ["tool:*", "model:openai/*"]}
+_TESTS_ALLOW = {"allow": ["tool:*", "model:openai/*", "task:*"]}
 
 
 def pytest_configure(config: pytest.Config) -> None:
