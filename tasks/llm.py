@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
@@ -23,7 +23,9 @@ class LlmParams(Params):
         None, min_length=1, description="OpenAI chat messages: `role` and `content`. Either this or `prompt`."
     )
     system: str | None = Field(None, description="Instructions that come before the prompt.")
-    model: str | None = Field(None, description="As litellm names it, `provider/model`. Default: `FERRUM_MODEL`.")
+    model: str | None = Field(
+        None, min_length=1, description="As litellm names it, `provider/model`. Default: `FERRUM_MODEL`."
+    )
     temperature: float | None = Field(None, ge=0, le=2, description="0 is steady, 2 is wild.")
     max_tokens: int = Field(
         prices.DEFAULT_OUTPUT_TOKENS, ge=1, description="The most that may be generated; reserved of the budget."
@@ -31,7 +33,9 @@ class LlmParams(Params):
     output_schema: dict[str, Any] | None = Field(
         None, description="JSON Schema of the answer; the output is then the parsed answer. One repair round is made."
     )
-    fallbacks: list[str] = Field([], description="Models that are asked in this order when one fails.")
+    fallbacks: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="Models that are asked in this order when one fails."
+    )
 
     @field_validator("messages")
     @classmethod
@@ -67,13 +71,17 @@ class Llm(StepType[LlmParams]):
 
     async def run(self, params: LlmParams, attempt: Attempt) -> JsonValue:
         first: ModelError | None = None
-        for model in (params.model or default_model(settings(), os.environ), *params.fallbacks):
+        for model in (_first(params), *params.fallbacks):
             try:
                 return await _answer(_call(params, model), attempt)
             except ModelError as error:
                 first = first or error
         assert first is not None
         raise first
+
+
+def _first(params: LlmParams) -> str:
+    return default_model(settings(), os.environ) if params.model is None else params.model
 
 
 async def _answer(call: ModelCall, attempt: Attempt) -> JsonValue:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, JsonValue
 
-from ferrum.errors import Denied, StepError
+from ferrum.errors import Denied, InputError, StepError
 from ferrum.steps import Attempt, Composed, Health, Inside, Params, StepType
 from ferrum.workflow import Route, Step
 
@@ -74,8 +74,19 @@ def target_of(name: str, step: Step, address: str) -> str:
         return step.route.target
     model, tool = step.params.get("model"), step.params.get("tool")
     if isinstance(model, str):
-        return model
+        return _resolved(model)
     return tool.partition(".")[0] if isinstance(tool, str) else f"{address}.{name}"
+
+
+def _resolved(model: str) -> str:
+    """The model that is called, by which its health is known to all steps; the name itself where that is not known."""
+    # Here and not above: who only plans a workflow needs no prices.
+    from ferrum.models import prices
+
+    try:
+        return prices.resolve(model)
+    except InputError:
+        return model
 
 
 def _choose(params: RouterParams, among: Mapping[str, Step], health: Mapping[str, Health]) -> tuple[str | None, str]:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ferrum.errors import SettingsError
-from ferrum.governance import Act, Effect, ModelCall, Policy, ToolCall, decide, load_policy
+from ferrum.governance import Act, Effect, ModelCall, Policy, TaskCall, ToolCall, decide, load_policy
 from ferrum.local import trust
 from ferrum.settings import Settings
 
@@ -20,12 +20,16 @@ unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "ferrum.policy.yaml"
 
-BEGINS = "a pattern begins with 'tool:', 'model:', 'sandbox:', 'retrieval:' or 'ingest:'"
+BEGINS = "a pattern begins with 'tool:', 'model:', 'sandbox:', 'retrieval:', 'ingest:' or 'task:'"
 
 
 def tool(name: str, **arguments: str) -> ToolCall:
     server, _, rest = name.partition(".")
     return ToolCall(server=server, tool=rest, arguments=dict(arguments))
+
+
+def task(name: str) -> TaskCall:
+    return TaskCall(name=name, arguments={})
 
 
 def model(name: str) -> ModelCall:
@@ -85,19 +89,19 @@ def test_a_decision_names_its_rule_by_list_place_and_pattern() -> None:
         ("tool:git.*", tool("git.a.b/c"), True),
         ("tool:git.*", tool("git."), True),
         ("tool:git.*", tool("github.push"), False),
-        ("tool:gitXpush", tool("git.push"), False),
+        ("tool:git.p.sh", tool("git.push"), False),
         ("tool:*.delete_*", tool("db.delete_table"), True),
         ("tool:*.delete_*", tool("db.undelete_table"), False),
         ("tool:*", tool("db.x\ny"), True),
         ("tool:*", model("openai/x"), False),
         ("model:openai/*", model("openai/ft:gpt/x"), True),
         ("model:*/llama*", model("ollama/llama3.2"), True),
-        ("model:a*a", model("a"), False),
-        ("model:a*a", model("aa"), True),
-        ("model:a*b*b", model("ab"), False),
-        ("model:a**b", model("ab"), True),
-        ("model:*b*c", model("xcxb"), False),
-        ("model:(a|b)+", model("a"), False),
+        ("task:a*a", task("a"), False),
+        ("task:a*a", task("aa"), True),
+        ("task:a*b*b", task("ab"), False),
+        ("task:a**b", task("ab"), True),
+        ("task:*b*c", task("xcxb"), False),
+        ("task:(a|b)+", task("a"), False),
     ],
 )
 def test_a_star_stands_for_anything_and_all_else_for_itself(pattern: str, act: Act, matches: bool) -> None:
@@ -108,12 +112,12 @@ def test_a_star_stands_for_anything_and_all_else_for_itself(pattern: str, act: A
 @given(pattern=st.text("ab.*", min_size=1, max_size=8), name=st.text("ab.", max_size=10))
 def test_matching_is_what_the_same_regular_expression_would_do(pattern: str, name: str) -> None:
     expected = re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name) is not None
-    assert (effect(Policy.of({"allow": [f"model:{pattern}"]}), model(name)) == "allow") is expected
+    assert (effect(Policy.of({"allow": [f"task:{pattern}"]}), task(name)) == "allow") is expected
 
 
 def test_a_pattern_of_many_stars_does_not_take_forever() -> None:
-    policy = Policy.of({"allow": ["model:" + "*a" * 30 + "*b"]})
-    assert effect(policy, model("a" * 20_000)) == "deny"
+    policy = Policy.of({"allow": ["task:" + "*a" * 30 + "*b"]})
+    assert effect(policy, task("a" * 20_000)) == "deny"
 
 
 YAML = """\
@@ -148,7 +152,7 @@ def test_a_policy_that_says_nothing_denies_everything(text: str) -> None:
         ("\nallow: tool:git.*\n", "p.yaml:2: allow must be a list of patterns; write allow: [] for none"),
         ("deny:\n", "p.yaml:1: deny must be a list of patterns; write deny: [] for none"),
         (
-            "deny:\n  - tool:a\n  - 12\n",
+            "deny:\n  - tool:a.b\n  - 12\n",
             'p.yaml:3: deny[1] is not text: a pattern is written like "tool:git.*", in quotes',
         ),
         ("deny:\n  - tool: a\n", 'p.yaml:2: deny[0] is not text: a pattern is written like "tool:git.*", in quotes'),
@@ -176,6 +180,65 @@ def test_a_mistake_in_a_policy_file_is_refused_with_its_line(tmp_path: Path, tex
     with pytest.raises(SettingsError) as caught:
         Policy.load(tmp_path / "p.yaml")
     assert str(caught.value).removeprefix(f"{tmp_path}/").startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "right"),
+    [
+        ("tool:git", "tool:git.*"),
+        ("tool:Git", "tool:git.*"),
+        ("tool:Git.*", "tool:git.*"),
+        ("tool:Git*", "tool:git*"),
+        ("tool:git/push.x", "tool:git-push.x"),
+        ("tool:.push", "tool:*.push"),
+        ("tool:git.", "tool:git.*"),
+        ("model:openai", "model:openai/*"),
+        ("model:OpenAI", "model:openai/*"),
+        ("model:OpenAI/*", "model:openai/*"),
+        ("model:OpenAI*", "model:openai*"),
+        ("model:openia/gpt*", "model:openai/gpt*"),
+        ("model:openai/", "model:openai/*"),
+        ("model:/gpt-4o", "model:*/gpt-4o"),
+        ("model:gpt-4o-mini", "model:openai/gpt-4o-mini"),
+        ("model:gpt-4o*", "model:*/gpt-4o*"),
+        ("model:my-finetune", "model:*/my-finetune"),
+        ("sandbox:Python-Basic", "sandbox:python-basic"),
+        ("retrieval:Hand/Book*", "retrieval:hand-book*"),
+        ("ingest:-docs", "ingest:docs"),
+        ("ingest:" + "a" * 65, "ingest:" + "a" * 64),
+        ("ingest:Ä", "ingest:*"),
+        ("task:ferrum.run", "task:*"),
+        ("task:celery.*", "task:*"),
+    ],
+)
+@pytest.mark.parametrize("effect", list(Effect))
+def test_a_pattern_that_can_never_match_is_refused_with_the_nearest_that_can(
+    effect: Effect, pattern: str, right: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Policy.parse(f"{effect}:\n  - {pattern!r}\n", "p.yaml")
+    assert str(caught.value) == f"p.yaml:2: {effect}[0] is {pattern!r}, which can never match: write {right!r}"
+    assert Policy.of({effect: [right]}).rules
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "tool:*", "tool:git*", "tool:*push", "tool:g*.push", "tool:git.Push/x", "model:*", "model:open*", "model:*4o*",
+        "model:openai/GPT*", "model:a-server-of-ours/x", "model:ollama_chat/*", "sandbox:*", "sandbox:python-*",
+        "ingest:*Docs"[:8], "retrieval:a.b_c", "task:Shop.order", "task:shop.steps:*", "task:*",
+    ],
+)  # fmt: skip
+def test_what_some_act_may_match_is_a_pattern(pattern: str) -> None:
+    assert Policy.of({"deny": [pattern]}).rules
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hint"), [("tools:x", "tool"), ("Model:openai/*", "model"), ("retreival:docs", "retrieval")]
+)
+def test_an_unknown_kind_is_refused_with_the_nearest(pattern: str, hint: str) -> None:
+    with pytest.raises(SettingsError, match=rf"\(did you mean '{hint}'\?\)"):
+        Policy.of({"deny": [pattern]})
 
 
 @pytest.mark.parametrize("lists", [{"allow": "tool:*"}, {"allow": [None]}, {"permit": []}, {"allow": None}])

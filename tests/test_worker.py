@@ -47,7 +47,7 @@ def test_a_stopping_worker_hands_its_steps_to_another_after_its_grace(
     }
     first = fleet.start(FERRUM_GRACE="0.2")
     run_id = ferrum.submit({"name": "x", "steps": steps, "outputs": {"processes": "{{ a }}"}})
-    eventually(lambda: (tmp_path / "began").exists() and happened(run_id, "act.decided"))
+    eventually(lambda: (tmp_path / "began").exists() and happened(run_id, "act.decided", "b"))
     first.send_signal(signal.SIGTERM)
     assert first.wait(PATIENCE_S) == 0
     assert [lost.reason for lost in happened(run_id, "step.lost")] == ["its worker is stopping"] * 2

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from ferrum.errors import InputError, did_you_mean
+from ferrum.governance.names import ModelName, also
 from ferrum.results import Usage
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class Act(BaseModel, Generic[R]):
     @abstractmethod
     def target(self) -> str:
         """What it is done to, as a policy's patterns name it."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that it may be done to: the target, and what that may pass it on to. Each may forbid it."""
+        return (self.target,)
 
     @property
     def digest(self) -> str:
@@ -99,8 +105,9 @@ class ModelCall(Act[ModelReply]):
     """One request to one model."""
 
     kind: Literal["model"] = "model"
-    #: As litellm names it: `openai/gpt-4.1-mini`, `anthropic/claude-sonnet-4-5`, `ollama/llama3.2`.
-    model: str
+    #: As litellm names it: `openai/gpt-4.1-mini`, `anthropic/claude-sonnet-4-5`, `ollama/llama3.2`. A name without its
+    #: provider gets it; one that has none raises `InputError`.
+    model: ModelName
     #: OpenAI chat messages: `{"role": …, "content": …}`.
     messages: tuple[dict[str, JsonValue], ...]
     temperature: float | None = None
@@ -112,6 +119,10 @@ class ModelCall(Act[ModelReply]):
     @property
     def target(self) -> str:
         return self.model
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return also(self.model)
 
 
 class ToolReply(Reply):
@@ -260,12 +271,16 @@ class Embedding(Act[EmbeddingReply]):
     """One request to one model to embed texts."""
 
     kind: Literal["model"] = "model"
-    model: str
+    model: ModelName
     texts: tuple[str, ...]
 
     @property
     def target(self) -> str:
         return self.model
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return also(self.model)
 
 
 class Document(BaseModel):

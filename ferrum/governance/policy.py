@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict
 from ferrum.bounds import unbounded
 from ferrum.errors import SettingsError, did_you_mean
 from ferrum.governance.acts import Act, Kind
+from ferrum.governance.patterns import nearest
 from ferrum.local import trust
 from ferrum.settings import Settings
 
@@ -84,7 +85,9 @@ class Rule:
         return f"{self.effect}[{self.index}] {self.pattern}"
 
     def matches(self, act: Act[Any]) -> bool:
-        return _matches(self.pattern, f"{act.kind}:{act.target}")
+        # What is allowed is what is named; what is not may hide behind it.
+        names = (act.target,) if self.effect is Effect.ALLOW else act.names
+        return any(_matches(self.pattern, f"{act.kind}:{name}") for name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,11 +205,14 @@ def _pattern(pattern: object, address: str, source: str, line: int) -> str:
         _refuse(source, line, f'{address} is not text: a pattern is written like "tool:git.*", in quotes')
     kind, colon, target = pattern.partition(":")
     if not colon or kind not in _KINDS:
-        _refuse(source, line, f"{address} is {pattern!r}: a pattern begins with {_BEGINNINGS}")
+        known = did_you_mean(kind.lower(), _KINDS)
+        _refuse(source, line, f"{address} is {pattern!r}: a pattern begins with {_BEGINNINGS}{known}")
     if not target:
         _refuse(source, line, f"{address} is {pattern!r}, which matches nothing: write '{kind}:*' for every {kind}")
     if odd := _ODD.search(pattern):
         _refuse(source, line, f"{address} is {pattern!r}: {odd[0]!r} has no meaning in a pattern, only '*' has")
+    if (other := nearest(kind, target)) is not None:
+        _refuse(source, line, f"{address} is {pattern!r}, which can never match: write '{kind}:{other}'")
     return pattern
 
 

@@ -24,6 +24,7 @@ from pydantic import JsonValue
 
 from ferrum.errors import ModelError
 from ferrum.governance.acts import ModelCall, ModelReply
+from ferrum.governance.names import PROXY, family
 from ferrum.models import prices, structured
 from ferrum.models.choice import ollama_base
 from ferrum.results import Usage
@@ -44,6 +45,12 @@ ONCE: Final[dict[str, Any]] = {
     "max_retries": 0,
     "num_retries": 0,
 }
+
+#: Providers that litellm signs in at when it is asked about them.
+_SIGNS_IN: Final = frozenset({"chatgpt", "github_copilot"})
+
+#: Providers whose address litellm knows without saying so.
+_HAS_ADDRESS: Final = frozenset({"cometapi"})
 
 #: The statuses that say "not now"; all from 500 on do, too.
 _LATER: Final = frozenset({408, 409, 425, 429})
@@ -103,10 +110,32 @@ async def complete(call: ModelCall) -> ModelReply:
     import openai
 
     try:
+        check_route(litellm, call.model)
         response = await litellm.acompletion(**_arguments(call))
     except openai.OpenAIError as error:
         raise translated(call.model, error) from error
     return _reply(call, response)
+
+
+def check_route(litellm: Any, model: str) -> None:
+    """Raises `ModelError` where litellm would send a call elsewhere than its name says, which was decided on."""
+    said = model.partition("/")[0]
+    if said in _SIGNS_IN:
+        # They are asked only by those who call them, and are no other provider's.
+        return
+    _, found, _, base = litellm.get_llm_provider(model)
+    if found == PROXY != said and base:
+        # The operator's USE_LITELLM_PROXY: all calls go there.
+        return
+    if family(found) != family(said):
+        raise ModelError(
+            f"model {model!r} would be called at provider {found!r}, and was decided on as one of {said!r}: write"
+            f" '{found}/…'"
+        )
+    if base is None and found in litellm.openai_compatible_providers and found not in _HAS_ADDRESS:
+        raise ModelError(
+            f"model {model!r} would be called at OpenAI's address, for {found!r} has none: set {found.upper()}_API_BASE"
+        )
 
 
 async def loaded() -> Any:

@@ -27,6 +27,7 @@ async def embed(call: Embedding) -> EmbeddingReply:
     import openai
 
     try:
+        calls.check_route(litellm, call.model)
         # Else litellm asks OpenAI for base64, which not every server of one's own speaks.
         response = await litellm.aembedding(
             model=call.model, input=list(call.texts), encoding_format="float", drop_params=True, **calls.ONCE

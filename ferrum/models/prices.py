@@ -14,14 +14,16 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from ferrum.errors import InputError
 from ferrum.governance.acts import Embedding, ModelCall
+from ferrum.governance.names import canonical
 from ferrum.models import files
 from ferrum.results import Usage
 from ferrum.settings import settings
@@ -77,11 +79,17 @@ class PriceFile(BaseModel):
         return self
 
     def resolve(self, model: str) -> str:
-        return self.aliases.get(model, model)
+        """The model that is called for a name, as `provider/model`. Raises `InputError` where there is none."""
+        name = canonical(self.aliases.get(model, model))
+        return canonical(self.aliases.get(name, name))
+
+    @cached_property
+    def _by_model(self) -> Mapping[str, Price]:
+        return {_named(name): price for name, price in self.models.items()}
 
     def cost(self, model: str, input_tokens: int, output_tokens: int) -> float | None:
         name = self.resolve(model)
-        if price := self.models.get(name):
+        if price := self._by_model.get(name):
             return (price.input * input_tokens + price.output * output_tokens) / 1e6
         rates = _rates(name, input_tokens)
         return None if rates is None else rates[0] * input_tokens + rates[1] * output_tokens
@@ -97,9 +105,10 @@ def cost(model: str, input_tokens: int, output_tokens: int) -> float | None:
 
 
 def resolve(model: str) -> str:
-    """The model that is called for a name: what the price file's `aliases` say, else the name itself.
+    """The model that is called for a name: what the price file's `aliases` say, else the name, with its provider.
 
-    To be done before the choke point decides, so that it judges what is really called.
+    To be done before the choke point decides, so that it judges what is really called. Raises `InputError` for what
+    names no model.
     """
     return _operators().resolve(model)
 
@@ -147,6 +156,13 @@ def _operators() -> PriceFile:
 
 _NOTHING: Final = PriceFile()
 _loaded = cache(PriceFile.load)
+
+
+def _named(model: str) -> str:
+    try:
+        return canonical(model)
+    except InputError:
+        return model
 
 
 def _bytes(value: JsonValue) -> int:
