@@ -71,6 +71,7 @@ from ferrum.results import RunStatus, StepStatus, Usage
 from ferrum.scripts import Who
 from ferrum.settings import redact
 from ferrum.steps import Done, Health, Inside, Park, Skip
+from ferrum.untrusted import Marks
 from ferrum.voice import Voice
 from ferrum.workflow import Step
 
@@ -601,6 +602,10 @@ class _Attempt:
     def now(self) -> float:
         return self._claim.at + time.monotonic() - self._began
 
+    @property
+    def marks(self) -> Marks:
+        return self._claim.marks
+
     def signal(self) -> tuple[JsonValue] | None:
         return (self._executor.opened(self._claim.signal),) if self._claim.signal else None
 
@@ -673,7 +678,7 @@ class _Attempt:
         return scope | {name: numbers[prefix + name] for name in names if prefix + name in numbers}
 
     def _act(self, scope: Mapping[str, JsonValue]) -> JsonValue:
-        params = self._step.resolve(scope)
+        params = self._plan.resolved(self._step, scope, self.marks)
         self._take_turn(scope)
         kind = self._step.type
         if (own := kind.act(params)) is not None:
@@ -834,6 +839,7 @@ class _Attempt:
         run = plan.new_run(
             new_run_id(beside=self.run_id), key, self._executor.artifacts.keep(checked).dumps(),
             tenant=self._claim.tenant, parent=(self.run_id, self.step_id),
+            fed=self._plan.feeding(self._step, "input", self.marks.fed),
         )  # fmt: skip
         try:
             return self._executor.record.create(run).run_id

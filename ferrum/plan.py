@@ -13,19 +13,19 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 from pydantic import JsonValue, ValidationError
 
 from ferrum.errors import Problem, WorkflowError, did_you_mean
-from ferrum.expressions import Condition, Path, Template
+from ferrum.expressions import Condition, Path, Template, Write
 from ferrum.governance.budget import Limits, ceilings
 from ferrum.record import LANES, Edge, Frame, NewRun, Node, Read
 from ferrum.settings import settings
 from ferrum.steps import Params, StepType, step_types
-from ferrum.untrusted import marked
+from ferrum.untrusted import Marks
 from ferrum.workflow import COMMON, Defaults, Retry, Step, Workflow, inner_needs, labels
 
 if TYPE_CHECKING:
@@ -153,8 +153,8 @@ class PlannedStep:
     params_of: PlannedStep | None = None
     #: It is inside of something that undoes.
     undoing: bool = False
-    #: The names that stand for text which somebody else wrote.
-    foreign: frozenset[str] = frozenset()
+    #: Where what its names stand for comes from, as `Plan.foreign` calls it.
+    origins: Mapping[str, str] = field(default_factory=dict)
     #: The body that it is part of.
     body: str = ""
 
@@ -179,12 +179,11 @@ class PlannedStep:
         """Whether anything may go on inside of it."""
         return bool(self.bodies) or self.type.composed
 
-    def resolve(self, scope: Mapping[str, JsonValue]) -> Params:
-        """Its parameters, with every expression evaluated.
+    def resolve(self, scope: Mapping[str, JsonValue], write: Write | None = None) -> Params:
+        """Its parameters, with every expression evaluated; `write` says how values are written that a model reads.
 
         Raises `ExpressionError`, and `WorkflowError` when a value does not fit.
         """
-        write = partial(self._written, scope) if self.foreign else None
         values = self.params.evaluate(scope, write, self.type.prompts)
         assert isinstance(values, dict)
         try:
@@ -194,11 +193,6 @@ class PlannedStep:
                 Problem(_sentence(one), f"steps.{self.id}{_path(one['loc'])}") for one in error.errors()
             ) from None
         return checked
-
-    def _written(self, scope: Mapping[str, JsonValue], paths: frozenset[Path], value: JsonValue) -> JsonValue:
-        """Text that somebody else wrote, marked for whoever reads the prompt."""
-        origins = sorted(self.foreign.intersection(path[0] for path in paths))
-        return marked(value, origins[0], scope.get(origins[0])) if origins else None
 
 
 @runtime_checkable
@@ -332,9 +326,9 @@ class Plan:
 
     def new_run(
         self, run_id: str, key: str | None, given: str, *, priority: int | None = None, tenant: str | None = None,
-        parent: tuple[str, str] | None = None, origin: tuple[str, str] | None = None,
+        parent: tuple[str, str] | None = None, origin: tuple[str, str] | None = None, fed: frozenset[str] = frozenset(),
     ) -> NewRun:  # fmt: skip
-        """What the record needs to begin a run of this plan; `given` is the envelope of its input."""
+        """What the record needs to begin a run of this plan; `given` is the envelope of its input, `fed` as `Marks`."""
         workflow = self.workflow
         budget = workflow.budget
         limits = Limits(**budget.model_dump(exclude={"wall_time"})) if budget else Limits()
@@ -358,6 +352,7 @@ class Plan:
             tenant=tenant or settings().tenant,
             parent=parent,
             origin=origin,
+            marks=Marks.new(fed),
         )
 
     @cached_property
@@ -383,6 +378,59 @@ class Plan:
                 outputs = (body.output for body in step.bodies.values())
                 for expression in (step.params, step.when, step.until, step.cache, step.limits, *outputs):
                     yield from expression.paths if expression else ()
+
+    # What somebody else wrote.
+
+    def resolved(self, step: PlannedStep, scope: Mapping[str, JsonValue], marks: Marks) -> Params:
+        """A step's parameters; what a model reads of them and somebody else wrote is marked.
+
+        Raises `ExpressionError`, and `WorkflowError` when a value does not fit.
+        """
+        if not step.type.prompts:
+            return step.resolve(scope)
+        foreign = self._foreign(marks.fed)
+
+        def write(paths: frozenset[Path], value: JsonValue) -> JsonValue:
+            origins = sorted(path[0] for path in paths if foreign.intersection(_origins(step, [path], marks.fed)))
+            return marks.written(value, origins[0], scope.get(origins[0])) if origins else None
+
+        return step.resolve(scope, write)
+
+    def feeding(self, step: PlannedStep, name: str, fed: frozenset[str]) -> frozenset[str]:
+        """The fields of this parameter of a step that may hold text which somebody else wrote; `*` for all."""
+        foreign, value = self._foreign(fed), step.spec.params.get(name, {})
+        fields = value if isinstance(value, dict) else {"*": value}
+        return frozenset(
+            field
+            for field, one in fields.items()
+            if foreign.intersection(_origins(step, Template.compile(one).paths, fed))
+        )
+
+    def _foreign(self, fed: frozenset[str]) -> frozenset[str]:
+        """What may hold text that somebody else wrote, where these inputs do: outputs and parameters of steps."""
+        if fed not in self._tainted:
+            self._tainted[fed] = _reached(self._flows(fed))
+        return self._tainted[fed]
+
+    @cached_property
+    def _tainted(self) -> dict[frozenset[str], frozenset[str]]:
+        return {}
+
+    def _flows(self, fed: frozenset[str]) -> Iterator[tuple[str, str]]:
+        """From where to where text may come."""
+        for step in self.steps.values():
+            output = _output(step.id)
+            if step.type.foreign or step.spec.on_error == "collect":
+                yield _ELSEWHERE, output
+            for origin in _origins(step, step.params.paths, fed):
+                yield origin, _params(step.id)
+            if step.type.passes_on:
+                yield _params(step.id), output
+            for body in step.bodies.values():
+                names = body.last if body.output is None else body.output.references & body.steps.keys()
+                yield from ((_output(body.steps[name]), output) for name in names)
+                if body.output is not None:
+                    yield from ((origin, output) for origin in _origins(step, body.output.paths, fed))
 
     def starting_with(self, head: str) -> tuple[Segment, str]:
         """The segment that a step begins, and what the ids of its steps begin with."""
@@ -445,6 +493,46 @@ _NUMBER: Final = re.compile(r"\.\d+(?=\.|$)")
 def _sees(path: tuple[str, ...], inputs: Collection[str]) -> bool:
     """Whether a reference leads to one of these inputs; `input` alone and `input[*]` lead to all."""
     return path[0] == "input" and (len(path) == 1 or path[1] == "*" or path[1] in inputs)
+
+
+#: Where text comes from that somebody else wrote.
+_ELSEWHERE: Final = "elsewhere"
+
+
+def _output(step_id: str) -> str:
+    return f"output of {step_id}"
+
+
+def _params(step_id: str) -> str:
+    return f"parameters of {step_id}"
+
+
+def _origins(step: PlannedStep, paths: Iterable[Path], fed: frozenset[str]) -> Iterator[str]:
+    """Where what these references of a step lead to comes from."""
+    own = step.own_names
+    for path in paths:
+        if path[0] == "input":
+            if fed and ("*" in fed or _sees(path, fed)):
+                yield _ELSEWHERE
+        elif path[0] in step.origins:
+            yield step.origins[path[0]]
+        elif own is not None and path[0] == own[0]:
+            # In what its frames leave behind.
+            yield from (_params(step.id), _output(step.id)) if step.type.name == "repeat" else (_params(step.id),)
+
+
+def _reached(flows: Iterable[tuple[str, str]]) -> frozenset[str]:
+    """All that text may come to from elsewhere."""
+    onward: dict[str, list[str]] = {}
+    for source, target in flows:
+        onward.setdefault(source, []).append(target)
+    reached, left = {_ELSEWHERE}, [_ELSEWHERE]
+    while left:
+        for target in onward.get(left.pop(), ()):
+            if target not in reached:
+                reached.add(target)
+                left.append(target)
+    return frozenset(reached)
 
 
 # Checking.
@@ -513,8 +601,8 @@ class _Bound:
     parts: int
     #: The step's name behind those.
     step: str = ""
-    #: It holds text that somebody else wrote.
-    foreign: bool = False
+    #: Where it comes from; empty for what holds no text.
+    origin: str = ""
 
 
 _Scope: TypeAlias = Mapping[str, _Bound]
@@ -557,7 +645,7 @@ class _Compiler:
             return body
         inner = {
             **scope,
-            **{name: _Bound("step", _parts(frame), name, foreign=_is_foreign(spec)) for name, spec in specs.items()},
+            **{name: _Bound("step", _parts(frame), name, origin=_output(ids[name])) for name in specs},
         }
         for name, spec in specs.items():
             self._add(ids[name], spec, _Place(inner, needs[name], frame, undoing))
@@ -589,10 +677,8 @@ class _Compiler:
     def _each(self, id: str, spec: Step, place: _Place) -> None:
         frame = f"{id}.*"
         here = _parts(frame)
-        foreign = any(
-            place.scope[name].foreign for name in Template.compile(spec.for_each).references & place.scope.keys()
-        )
-        scope = {**place.scope, spec.item: _Bound("item", here, foreign=foreign), spec.index: _Bound("number", here)}
+        item = _Bound("item", here, origin=_params(id))
+        scope = {**place.scope, spec.item: item, spec.index: _Bound("number", here)}
         body = self._inside(frame, spec, scope, place, _Layer.REPEAT)
         params: dict[str, JsonValue] = {
             "for_each": spec.for_each,
@@ -606,7 +692,7 @@ class _Compiler:
         here = _parts(frame)
         scope = {
             **place.scope,
-            "previous": _Bound("item", here, foreign=_is_foreign(spec)),
+            "previous": _Bound("item", here, origin=_output(id)),
             "round": _Bound("number", here),
         }
         body = self._inside(frame, spec, scope, place, _Layer.ACT)
@@ -685,7 +771,7 @@ class _Compiler:
             limits=limits,
             undoable=recovers and spec.compensate is not None,
             undoing=place.undoing,
-            foreign=frozenset(name for name in references & place.scope.keys() if place.scope[name].foreign),
+            origins={name: place.scope[name].origin for name in references & place.scope.keys()},
             body=place.body,
         )
         self.steps[id] = step
@@ -721,24 +807,19 @@ class _Compiler:
         bodies: dict[str, Body] = {}
         for number, one in enumerate(spec.fallback, 1):
             frame = f"{id}.fallback{number}"
-            scope = {**place.scope, "error": _Bound("item", _parts(frame))}
+            scope = {**place.scope, "error": _Bound("item", _parts(frame), origin=_ELSEWHERE)}
             bodies[f"fallback{number}"] = self._inside(frame, one, scope, place, _Layer.ALL)
         return bodies
 
     def _compensate(self, step: PlannedStep, spec: Step, place: _Place) -> None:
         id = f"{step.id}.compensate"
         # Its step's siblings have ended long since, and are read as what is further out is.
-        seen = {"output": _Bound("step", _parts(step.id)), "params": _Bound("params", 0, step.id)}
+        seen = {
+            "output": _Bound("step", _parts(step.id), origin=_output(step.id)),
+            "params": _Bound("params", 0, step.id, origin=_params(step.id)),
+        }
         self._layer(id, spec, _Place({**place.scope, **seen}, (), "", undoing=True), _Layer.ALL, outer=False)
         self.steps[id] = replace(self.steps[id], undoes=step, deadline_s=spec.deadline)
-
-
-def _is_foreign(spec: Step) -> bool:
-    """Whether what a step returns may be text that somebody else wrote."""
-    among = [*spec.steps.values(), *spec.cases.values(), *spec.among.values(), *spec.fallback]
-    if spec.default is not None:
-        among.append(spec.default)
-    return step_types()[spec.type].foreign or any(map(_is_foreign, among))
 
 
 class _Layer(IntEnum):

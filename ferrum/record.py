@@ -46,6 +46,7 @@ from ferrum.events import Event, RunCreated, RunEnded, RunState, StepWaiting, fo
 from ferrum.governance.budget import counters
 from ferrum.results import RunStatus, StepStatus, Usage
 from ferrum.scripts import BLOCK_S, TIMEOUT_S, Connection, Scripts, us
+from ferrum.untrusted import Marks
 
 #: Fixed: a run's partition is part of its id, and every process must agree on it.
 PARTITIONS = 16
@@ -262,6 +263,7 @@ class NewRun:
     parent: tuple[str, str] | None = None
     #: The run whose results it takes over, and how: it begins by `begin`, not at once.
     origin: tuple[str, str] | None = None
+    marks: Marks = field(default_factory=Marks.new)
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +320,7 @@ class Claimed:
     tenant: str
     #: When it was claimed, by the clock of Redis, in seconds since 1970.
     at: float = field(compare=False)
+    marks: Marks
     needs: Mapping[str, Need]
 
 
@@ -470,7 +473,7 @@ class Record(Connection):
         arguments: list[str | int] = [
             run.run_id, run.key or "", KEY_LIFE_S * 1000, run.plan, keep_ms, limits, wall, int(run.has_outputs),
             run.steps, run.input, created, run.lane, deadline, parent, MAX_DEPTH, int(not run.origin), run.tenant,
-            *(text for root in run.roots for text in root),
+            run.marks.dumps(), *(text for root in run.roots for text in root),
         ]  # fmt: skip
         reply = self._run("create", run.run_id, *arguments)
         while reply[0] == "plan":
@@ -857,6 +860,13 @@ class Record(Connection):
             raise NotFound(f"there is no run {run_id!r}; it may have been removed after its time")
         return str(digest)
 
+    def marks(self, run_id: str) -> Marks:
+        """What the run marks text with. Raises `NotFound`."""
+        marks = self._patiently(lambda: self._redis.hget(f"{base_of(run_id)}:run:{run_id}", "marks"))
+        if marks is None:
+            raise NotFound(f"there is no run {run_id!r}; it may have been removed after its time")
+        return Marks.loads(str(marks))
+
     def step_outputs(self, run_id: str, steps: Iterable[str]) -> dict[str, Need]:
         """How these steps ended, and with what."""
         names = list(steps)
@@ -1063,13 +1073,13 @@ class Record(Connection):
 
 
 def _claimed(reply: list[Any]) -> Claimed:
-    _, plan, attempt, failed, verdict, bound, grants, run_input, memory, signal, tenant, at, *needs = reply
+    _, plan, attempt, failed, verdict, bound, grants, run_input, memory, signal, tenant, at, marks, *needs = reply
     ends = {needs[i]: Need(StepStatus(needs[i + 1]), needs[i + 2]) for i in range(0, len(needs), 3)}
     said = _verdict(verdict) if verdict else None
     kept = json.loads(memory) if memory else None
     return Claimed(
         plan, attempt, failed, said, bound, frozenset(json.loads(grants)), run_input, kept, signal, tenant,
-        int(at) / 1000, ends,
+        int(at) / 1000, Marks.loads(marks), ends,
     )  # fmt: skip
 
 

@@ -319,8 +319,9 @@ def _take_over(run_id: str, how: str, plan: Plan, changes: Mapping[str, JsonValu
     kept = _kept(state, plan, plan.behind([*again, *plan.reading(changed)]))
     kept_input = process_artifacts().keep(given).dumps()
     run = plan.new_run(
-        new_run_id(), None, kept_input, priority=state.priority, tenant=state.tenant, origin=(run_id, how)
-    )
+        new_run_id(), None, kept_input, priority=state.priority, tenant=state.tenant, origin=(run_id, how),
+        fed=record().marks(run_id).fed,
+    )  # fmt: skip
     record().create(run)
     record().adopt(
         run.run_id,

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from ferrum.errors import Denied, StepError, StepTimeout
 from ferrum.governance.acts import Act, R
 from ferrum.record import Verdict
+from ferrum.untrusted import Marks
 from ferrum.workflow import Retry, Step
 
 
@@ -59,6 +60,11 @@ class Attempt(Protocol):
 
     def now(self) -> float:
         """What time it is for all workers, in seconds since 1970: Redis's, in `run_inline` that of its clock."""
+        ...
+
+    @property
+    def marks(self) -> Marks:
+        """What marks text in a prompt that somebody else wrote."""
         ...
 
     def signal(self) -> tuple[JsonValue] | None:
@@ -231,8 +237,10 @@ class StepType(ABC, Generic[P]):
     composed: ClassVar[bool] = False
     #: Its `timeout` is how long it waits, not how long an attempt may take; the workflow's default is not for it.
     waits: ClassVar[bool] = False
-    #: What it returns is text that somebody else wrote: where that enters a prompt, it is marked.
+    #: What it returns may be text that somebody else wrote: where that enters a prompt, it is marked.
     foreign: ClassVar[bool] = False
+    #: What it returns may hold text of its parameters, and is as foreign as these.
+    passes_on: ClassVar[bool] = True
     #: Those of its parameters that a model reads.
     prompts: ClassVar[frozenset[str]] = frozenset()
     #: It ends by itself at its `timeout`, and says how; the executor only steps in where it does not.

@@ -1,15 +1,19 @@
 """Text that somebody else wrote, as it enters a prompt: marked as such, with where it is from.
 
-A model cannot be made to tell what it is told from what it is shown, so this is a help and not a wall (OWASP LLM01,
-"segregate and identify external content"). What a model then wants to do is decided by the policy all the same.
+Somebody else is whoever is neither the workflow's author nor the one who asked for the run: documents, tools, tasks,
+sandboxes, other workflows, errors, and models that have read any of that. A model cannot be made to tell what it is
+told from what it is shown, so this is a help and not a wall (OWASP LLM01, "segregate and identify external content").
+What a model then wants to do is decided by the policy all the same.
 """
 
 from __future__ import annotations
 
+import hmac
 import json
-from collections.abc import Iterator, Mapping
-from hashlib import sha256
-from typing import Final
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, Self, TypeGuard
 
 from pydantic import JsonValue
 
@@ -18,19 +22,69 @@ _NOTE: Final = (
 )
 
 
-def marked(value: JsonValue, origin: str, found: JsonValue = None) -> str | None:
-    """What to write for a value that is from `origin`; `None` for what holds no text.
+#: Hex digits of a mark.
+_LENGTH: Final = 16
+#: Who speaks in a conversation.
+_ROLES: Final = frozenset({"system", "user", "assistant"})
 
-    `found` is all that it may be a part of: a text of documents there has their sources, any other one its origin.
-    Documents as `retrieval` gives them are written one by one, each with its source and place. The mark in the tags is
-    a hash of all that is quoted, so no text can hold its own end.
-    """
-    quoted = list(_quoted(value, origin, found))
-    if not quoted:
-        return None
-    mark = sha256(json.dumps(quoted).encode()).hexdigest()[:12]
-    blocks = [f"<untrusted-{mark}{_attributes(about)}>\n{text}\n</untrusted-{mark}>" for about, text in quoted]
-    return "\n".join([_NOTE.format(mark=mark), *blocks])
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What the marks of one run are made with: the same in all of its steps, attempts and turns."""
+
+    secret: str
+    #: The inputs of the run that hold text which somebody else wrote, as a step of another run says; `*` for all.
+    fed: frozenset[str] = frozenset()
+
+    @classmethod
+    def new(cls, fed: Iterable[str] = ()) -> Self:
+        return cls(secrets.token_hex(16), frozenset(fed))
+
+    @classmethod
+    def loads(cls, text: str) -> Self:
+        secret, *fed = json.loads(text)
+        return cls(secret, frozenset(fed))
+
+    def dumps(self) -> str:
+        return json.dumps([self.secret, *sorted(self.fed)])
+
+    def written(self, value: JsonValue, origin: str, found: JsonValue = None) -> JsonValue:
+        """As `marked`; of a conversation, which is a list of messages, what each says is marked."""
+        if not _is_conversation(value):
+            return self.marked(value, origin, found)
+        return [{**message, "content": self._content(message["content"], origin, found)} for message in value]
+
+    def _content(self, content: JsonValue, origin: str, found: JsonValue) -> JsonValue:
+        if not isinstance(content, list):
+            return self.marked(content, origin, found) or content
+        # Pictures stay what they are.
+        return [
+            {**part, "text": self.marked(part["text"], origin, found) or part["text"]}
+            if isinstance(part, dict) and isinstance(part.get("text"), str)
+            else part
+            for part in content
+        ]
+
+    def marked(self, value: JsonValue, origin: str, found: JsonValue = None) -> str | None:
+        """What to write for a value that is from `origin`; `None` for what holds no text.
+
+        `found` is all that it may be a part of: a text of documents there has their sources, any other one its origin.
+        Documents as `retrieval` gives them are written one by one, each with its source and place. The mark in the tags
+        authenticates all that is quoted (HMAC, RFC 2104) by the run's secret: no text can hold its own end, and none
+        can be made to look like a quotation of something else.
+        """
+        quoted = list(_quoted(value, origin, found))
+        if not quoted:
+            return None
+        mark = hmac.digest(self.secret.encode(), json.dumps(quoted).encode(), "sha256").hex()[:_LENGTH]
+        blocks = [f"<untrusted-{mark}{_attributes(about)}>\n{text}\n</untrusted-{mark}>" for about, text in quoted]
+        return "\n".join([_NOTE.format(mark=mark), *blocks])
+
+
+def _is_conversation(value: JsonValue) -> TypeGuard[list[dict[str, JsonValue]]]:
+    return isinstance(value, list) and all(
+        isinstance(one, dict) and one.keys() == {"role", "content"} and one["role"] in _ROLES for one in value
+    )
 
 
 def _quoted(value: JsonValue, origin: str, found: JsonValue) -> Iterator[tuple[dict[str, str], str]]:

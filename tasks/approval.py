@@ -17,6 +17,7 @@ class Approval(StepType[ApprovalParams]):
 
     name = "approval"
     params = ApprovalParams
+    passes_on = False
     waits = True
 
     def run(self, params: ApprovalParams, attempt: Attempt) -> JsonValue:

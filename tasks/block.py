@@ -16,6 +16,7 @@ class Block(StepType[BlockParams]):
 
     name = "block"
     params = BlockParams
+    passes_on = False
     composed = True
 
     def run(self, params: BlockParams, attempt: Attempt) -> JsonValue:

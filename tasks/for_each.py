@@ -27,6 +27,7 @@ class ForEach(StepType[ForEachParams]):
 
     name = "for_each"
     params = ForEachParams
+    passes_on = False
     written = False
     composed = True
 

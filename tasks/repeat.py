@@ -20,6 +20,7 @@ class Repeat(StepType[RepeatParams]):
 
     name = "repeat"
     params = RepeatParams
+    passes_on = False
     written = False
     composed = True
 

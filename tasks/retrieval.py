@@ -63,6 +63,6 @@ async def _reranked(search: Search, by: str | Literal[True], attempt: Attempt) -
     if not found:
         return ()
     model = default_model(settings(), os.environ) if by is True else by
-    reply = await attempt.perform(grading.question(prices.resolve(model), search.query, found))
+    reply = await attempt.perform(grading.question(prices.resolve(model), search.query, found, attempt.marks))
     grades = grading.grades(reply.text, found)
     return grading.graded(found, grades, search.min_score or 0.0)[: search.top_k]

@@ -26,6 +26,7 @@ class Router(StepType[RouterParams]):
 
     name = "router"
     params = RouterParams
+    passes_on = False
     composed = True
 
     def run(self, params: RouterParams, attempt: Attempt) -> JsonValue:

@@ -98,6 +98,7 @@ class Sandbox(StepType[SandboxParams]):
 
     name = "sandbox"
     params = SandboxParams
+    foreign = True
     timeout_s = 60.0
     keeps_time = True
 

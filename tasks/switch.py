@@ -19,6 +19,7 @@ class Switch(StepType[SwitchParams]):
 
     name = "switch"
     params = SwitchParams
+    passes_on = False
     composed = True
 
     def run(self, params: SwitchParams, attempt: Attempt) -> JsonValue:

@@ -53,6 +53,7 @@ class TaskParams(Params):
 class Task(StepType[TaskParams]):
     name = "task"
     params = TaskParams
+    foreign = True
 
     def act(self, params: TaskParams) -> TaskCall:
         return TaskCall(name=params.task or params.function or "", arguments=params.input)

@@ -27,6 +27,7 @@ class ToolParams(Params):
 class Tool(StepType[ToolParams]):
     name = "tool"
     params = ToolParams
+    foreign = True
     retry = Retry(max_attempts=3)
     timeout_s = 120.0
 

@@ -39,6 +39,7 @@ class Wait(StepType[WaitParams]):
 
     name = "wait"
     params = WaitParams
+    passes_on = False
     waits = True
 
     def run(self, params: WaitParams, attempt: Attempt) -> JsonValue:

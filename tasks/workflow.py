@@ -30,6 +30,8 @@ class SubWorkflow(StepType[WorkflowParams]):
 
     name = "workflow"
     params = WorkflowParams
+    foreign = True
+    passes_on = False
     composed = True
 
     def run(self, params: WorkflowParams, attempt: Attempt) -> JsonValue:

@@ -210,7 +210,7 @@ def test_a_missing_key_and_an_unknown_provider_are_final(monkeypatch: pytest.Mon
         run(complete(call()))
     assert not caught.value.retry
     with pytest.raises(ModelError, match="names no provider that is known") as caught:
-        run(complete(call(model="gtp-5")))
+        run(complete(call(model="nobody/gtp-5")))
     assert not caught.value.retry
 
 

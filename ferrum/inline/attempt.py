@@ -33,6 +33,7 @@ from ferrum.record import MAX_DEPTH, Verdict
 from ferrum.results import RunStatus, StepStatus, Usage
 from ferrum.settings import redact, settings
 from ferrum.steps import Done, Health, Inside, Park, Skip
+from ferrum.untrusted import Marks
 from ferrum.workflow import Step
 
 if TYPE_CHECKING:
@@ -145,6 +146,10 @@ class Attempt:
     def now(self) -> float:
         return self._world.now()
 
+    @property
+    def marks(self) -> Marks:
+        return self._run.marks
+
     def signal(self) -> tuple[JsonValue] | None:
         return (self._opened(self._state.signal),) if self._state.signal else None
 
@@ -166,7 +171,8 @@ class Attempt:
         if self._run.depth >= MAX_DEPTH:
             raise StepError(f"workflows are inside of each other more than {MAX_DEPTH} deep")
         document = dict(workflow) if budget is None else {**workflow, "budget": dict(budget)}
-        return self._world.new_run(document, input, (self._run, self.step_id)).run_id
+        fed = self._run.plan.feeding(self._step, "input", self.marks.fed)
+        return self._world.new_run(document, input, (self._run, self.step_id), fed).run_id
 
     def registered(self, name: str, version: str | None) -> Mapping[str, JsonValue]:
         return self._world.registered(name, version)
@@ -304,7 +310,7 @@ class Attempt:
     # Acting.
 
     async def _act(self) -> JsonValue:
-        params = self._step.resolve(self._scoped)
+        params = self._run.plan.resolved(self._step, self._scoped, self.marks)
         self._take_turn()
         script, kind = self._run.said.script, self._step.type
         if script.of(self.step_id) is not None:

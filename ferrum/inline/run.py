@@ -22,6 +22,7 @@ from ferrum.inline.script import Said
 from ferrum.plan import Body, Plan, PlannedStep
 from ferrum.record import Verdict
 from ferrum.results import RunStatus, StepStatus, Usage
+from ferrum.untrusted import Marks
 
 if TYPE_CHECKING:
     from ferrum.inline.world import World
@@ -104,14 +105,16 @@ class Run:
     """One run, from its start to its end."""
 
     def __init__(
-        self, world: World, run_id: str, plan: Plan, *, given: str, said: Said, up: tuple[Run, str] | None = None
-    ) -> None:
+        self, world: World, run_id: str, plan: Plan, *, given: str, said: Said, marks: Marks,
+        up: tuple[Run, str] | None = None,
+    ) -> None:  # fmt: skip
         self.world = world
         self.run_id = run_id
         self.plan = plan
         #: Envelope.
         self.given = given
         self.said = said
+        self.marks = marks
         #: The run and the step that it is part of.
         self.up = up
         self.status = RunStatus.QUEUED

@@ -26,6 +26,7 @@ from ferrum.plan import Plan
 from ferrum.record import Verdict, new_run_id
 from ferrum.results import RunStatus
 from ferrum.settings import redact
+from ferrum.untrusted import Marks
 
 
 class Stuck(FerrumError):
@@ -134,14 +135,19 @@ class World:
 
     # Runs.
 
-    def new_run(self, document: Mapping[str, object], given: Mapping[str, JsonValue], up: tuple[Run, str]) -> Run:
+    def new_run(
+        self, document: Mapping[str, object], given: Mapping[str, JsonValue], up: tuple[Run, str], fed: frozenset[str]
+    ) -> Run:
         """A run inside of another one; it begins once there is somebody to come back to. Raises `AuthorError`."""
-        return self._begin(Plan.of(document), given, up[0].said.inside(up[1]), up)
+        return self._begin(Plan.of(document), given, up[0].said.inside(up[1]), up, fed)
 
-    def _begin(self, plan: Plan, given: Mapping[str, JsonValue], said: Said, up: tuple[Run, str] | None) -> Run:
+    def _begin(
+        self, plan: Plan, given: Mapping[str, JsonValue], said: Said, up: tuple[Run, str] | None,
+        fed: frozenset[str] = frozenset(),
+    ) -> Run:  # fmt: skip
         envelope = self.artifacts.keep(plan.workflow.check_input(given)).dumps()
         run_id = new_run_id(beside=up[0].run_id if up else None)
-        run = self.runs[run_id] = Run(self, run_id, plan, given=envelope, said=said, up=up)
+        run = self.runs[run_id] = Run(self, run_id, plan, given=envelope, said=said, marks=Marks.new(fed), up=up)
         for name, sent in said.sent:
             self._send(run, name, sent.after_s, self.artifacts.keep(sent.data).dumps())
         return run

@@ -1,6 +1,6 @@
 -- ARGV: run, step, token, worker, lease ms.
 -- Returns {'run', plan, attempt, failed tries, verdict, bound, grants JSON, input, memory, signal envelope, tenant,
--- time in ms, then (name, status, output)… of its needs and of what else it reads, items of frames among them},
+-- time in ms, marks, then (name, status, output)… of its needs and of what else it reads, items of frames among them},
 -- {'skipped', close, sends} (or cancelled), {'pass'} (ended before; its canvas may go on), {'close', 1, {}} (ended, but
 -- the run is not closed) or {'drop', why}.
 local step, token = ARGV[2], ARGV[3]
@@ -76,9 +76,9 @@ if not again then
 end
 redis.call('ZADD', leases_key, number(now + ARGV[5]), member(step) .. ' ' .. token)
 
-local of_run = redis.call('HMGET', run_key, 'plan', 'tenant')
+local of_run = redis.call('HMGET', run_key, 'plan', 'tenant', 'marks')
 local reply = { 'run', of_run[1], state.a, state.f or 0, state.v or '', state.b or '',
-  state.g and cjson.encode(state.g) or '[]', '', state.m or '', state.h or '', of_run[2], number(now) }
+  state.g and cjson.encode(state.g) or '[]', '', state.m or '', state.h or '', of_run[2], number(now), of_run[3] or '[""]' }
 if here.i == 1 then reply[8] = carried(redis.call('HGET', run_key, 'input')) end
 local function add(name, how, output)
   reply[#reply + 1] = name

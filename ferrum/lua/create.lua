@@ -1,6 +1,6 @@
 -- ARGV: run, key ('' for none), key's life in ms, plan digest, keep ms, limits JSON ('' for none), wall ms ('' for
 -- none), outputs ('1' or '0'), steps, input envelope, created data JSON, lane (its parent's, if any), deadline ms ('' for none), parent
--- ('run step', '' for none), most runs inside each other, begin ('1', or '0': another script begins it), tenant, then (root, queue, deadline ms)…
+-- ('run step', '' for none), most runs inside each other, begin ('1', or '0': another script begins it), tenant, marks, then (root, queue, deadline ms)…
 -- Returns {'new', lane of its messages}, {'old', run} for a key that was used, {'deep'}, {'gone'} when the parent or its step has ended, or {'plan'} when
 -- the plan must be stored first.
 local MANY = 8
@@ -45,12 +45,12 @@ if ARGV[14] ~= '' then
   local parent, step = string.match(ARGV[14], '^(%S+) (%S+)$')
   redis.call('SADD', base .. ':inner:' .. parent, step .. ' ' .. run_id)
 end
-redis.call('HSET', run_key, 'tenant', ARGV[17])
+redis.call('HSET', run_key, 'tenant', ARGV[17], 'marks', ARGV[18])
 redis.call('HSET', run_key, 'input', emit('run.created', '', ARGV[11], ARGV[10]))
 redis.call('ZADD', runs_key, number(now), run_id)
 redis.call('SADD', base .. ':live', run_id)
 if ARGV[16] == '1' then
-  for i = 18, #ARGV, 3 do make_ready(ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])) end
+  for i = 19, #ARGV, 3 do make_ready(ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])) end
   tell_counts()
 else
   -- Should whoever began it die before the rest is there.

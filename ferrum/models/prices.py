@@ -88,7 +88,11 @@ class PriceFile(BaseModel):
         return {_named(name): price for name, price in self.models.items()}
 
     def cost(self, model: str, input_tokens: int, output_tokens: int) -> float | None:
-        name = self.resolve(model)
+        try:
+            name = self.resolve(model)
+        except InputError:
+            # Nobody calls it.
+            return None
         if price := self._by_model.get(name):
             return (price.input * input_tokens + price.output * output_tokens) / 1e6
         rates = _rates(name, input_tokens)

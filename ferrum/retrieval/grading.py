@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from ferrum.errors import OutputError
 from ferrum.governance.acts import Document, ModelCall
-from ferrum.untrusted import marked
+from ferrum.untrusted import Marks
 
 #: The best grade; 0 is of no use.
 BEST: Final = 3
@@ -53,13 +53,15 @@ class _Grades(BaseModel):
     grades: tuple[_Grade, ...]
 
 
-def question(model: str, query: str, documents: Sequence[Document]) -> ModelCall:
+def question(model: str, query: str, documents: Sequence[Document], marks: Marks) -> ModelCall:
     """The call that asks a model to grade these documents."""
     numbered: list[JsonValue] = [
         {"text": one.text, "source": one.source, "position": {"number": number, **one.position}}
         for number, one in enumerate(documents, 1)
     ]
-    asked = f"Query: {json.dumps(query, ensure_ascii=False)}\n\n{marked(numbered, 'a search') or 'There are none.'}"
+    asked = (
+        f"Query: {json.dumps(query, ensure_ascii=False)}\n\n{marks.marked(numbered, 'a search') or 'There are none.'}"
+    )
     return ModelCall(
         model=model,
         messages=({"role": "system", "content": _INSTRUCTION}, {"role": "user", "content": asked}),
