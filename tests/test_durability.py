@@ -81,7 +81,7 @@ def log(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fleet(clean_redis: str, tmp_path: Path, log: Path) -> Iterator[Fleet]:
-    """A fleet with default settings and nobody in it yet; its only tools are countable effects, its tasks the tests'."""
+    """A fleet with default settings and nobody in it yet; its only tools are countable effects, its tasks ours."""
     policy = tmp_path / "tools.policy.yaml"
     policy.write_text('allow: ["tool:effects.*", "task:user.*"]\n')
     fleet = Fleet(clean_redis, tmp_path, {"FERRUM_MCP_SERVERS": effects(log), "FERRUM_POLICY": str(policy)})

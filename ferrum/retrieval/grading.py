@@ -59,9 +59,8 @@ def question(model: str, query: str, documents: Sequence[Document], marks: Marks
         {"text": one.text, "source": one.source, "position": {"number": number, **one.position}}
         for number, one in enumerate(documents, 1)
     ]
-    asked = (
-        f"Query: {json.dumps(query, ensure_ascii=False)}\n\n{marks.marked(numbered, 'a search') or 'There are none.'}"
-    )
+    # A query may be made of what somebody else wrote, as documents are.
+    asked = f"The query. {marks.marked(query, 'query')}\n\nThe documents. {marks.marked(numbered, 'a search')}"
     return ModelCall(
         model=model,
         messages=({"role": "system", "content": _INSTRUCTION}, {"role": "user", "content": asked}),
