@@ -25,7 +25,7 @@ from ferrum.governance.budget import Limits, ceilings
 from ferrum.record import LANES, Edge, Frame, NewRun, Node, Read
 from ferrum.settings import settings
 from ferrum.steps import Params, StepType, step_types
-from ferrum.untrusted import Marks
+from ferrum.untrusted import Marks, noted
 from ferrum.workflow import COMMON, Defaults, Retry, Step, Workflow, inner_needs, labels
 
 if TYPE_CHECKING:
@@ -186,6 +186,8 @@ class PlannedStep:
         """
         values = self.params.evaluate(scope, write, self.type.prompts)
         assert isinstance(values, dict)
+        if write is not None:
+            values |= {name: noted(values[name]) for name in self.type.prompts & values.keys()}
         try:
             checked: Params = self.type.params.model_validate(values | self.fixed)
         except ValidationError as error:

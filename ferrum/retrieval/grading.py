@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from ferrum.errors import OutputError
 from ferrum.governance.acts import Document, ModelCall
-from ferrum.untrusted import Marks
+from ferrum.untrusted import Marks, noted
 
 #: The best grade; 0 is of no use.
 BEST: Final = 3
@@ -63,7 +63,7 @@ def question(model: str, query: str, documents: Sequence[Document], marks: Marks
     asked = f"The query. {marks.marked(query, 'query')}\n\nThe documents. {marks.marked(numbered, 'a search')}"
     return ModelCall(
         model=model,
-        messages=({"role": "system", "content": _INSTRUCTION}, {"role": "user", "content": asked}),
+        messages=({"role": "system", "content": _INSTRUCTION}, {"role": "user", "content": noted(asked)}),
         temperature=0.0,
         output_schema=SCHEMA,
     )
