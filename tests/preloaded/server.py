@@ -45,6 +45,9 @@ _SLOW = (
     "ferrum.local.supervisor", "ferrum.follow", "ferrum.worker", "ferrum.executor",
 )  # fmt: skip
 
+#: How long one that has connected may take to ask.
+_PATIENCE_S = 10.0
+
 
 def _load(environ: Mapping[str, str]) -> None:
     for name in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"):
@@ -108,12 +111,21 @@ class Server:
 
     def _accept(self) -> None:
         asking, _ = self._listening.accept()
+        # Who has connected is about to ask, unless a signal ended or stopped it just then.
+        asking.settimeout(_PATIENCE_S)
+        descriptors: list[int] = []
         try:
             head, descriptors, _, _ = socket.recv_fds(asking, 4, 3)
             asked = b""
             while len(asked) < int.from_bytes(head, "big"):
-                asked += asking.recv(65536)
+                if not (more := asking.recv(65536)):
+                    raise ConnectionResetError
+                asked += more
+            if not asked:
+                raise ConnectionResetError
         except OSError:
+            for descriptor in descriptors:
+                os.close(descriptor)
             asking.close()
             return
         command, at, environ, cwd, umask = marshal.loads(asked)
