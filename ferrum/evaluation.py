@@ -85,13 +85,14 @@ class Work:
         """A text of this length is built."""
         if length > self._limits.text:
             raise Exceeded(f"the text would be longer than {self._limits.text} characters")
-        self._build(length)
+        self.build(length)
 
     def grown(self, items: int) -> None:
         """A list of so many items is built."""
-        self._build(32 * items)
+        self.build(32 * items)
 
-    def _build(self, characters: int) -> None:
+    def build(self, characters: int) -> None:
+        """So many characters are built."""
         self._built -= characters
         if self._built < 0:
             raise Exceeded(f"it builds a list of more than {self._limits.built} characters")
@@ -110,7 +111,7 @@ class Work:
                     left -= 32 * len(fields)
                     todo += fields.values() if left >= 0 else ()
             if left < 0:
-                self._build(self._limits.built + 1)
+                self.build(self._limits.built + 1)
 
     def contains(self, items: list[Any], wanted: Any) -> bool:
         """Whether a list has an item, without looking through it each time that it is asked."""
@@ -190,7 +191,7 @@ _KINDS: Final[Sequence[tuple[type, str]]] = (
     (bool, "bool"),
     (Uint, "uint"),
     (int, "int"),
-    (float, "float"),
+    (float, "double"),
     (Type, "type"),
     (str, "string"),
     (bytes, "bytes"),
@@ -215,15 +216,25 @@ def equal(one: Any, other: Any, work: Work) -> bool:
         return one is other or _equal_inside(one, other, work)
     if _is_number(one) and _is_number(other):
         return bool(one == other)
-    if isinstance(one, str):
-        work.spend(len(one) >> 6)
+    _read(one, work)
     return type(one) is type(other) and bool(one == other)
 
 
 def _equal_inside(one: Any, other: Any, work: Work) -> bool:
     if isinstance(one, list):
         return all(equal(left, right, work) for left, right in zip(one, other, strict=True))
-    return all(name in other and equal(item, other[name], work) for name, item in one.items())
+    return all(_has(other, name, work) and equal(item, other[name], work) for name, item in one.items())
+
+
+def _has(value: dict[Any, Any], key: Any, work: Work) -> bool:
+    _read(key, work)
+    return key in value
+
+
+def _read(value: Any, work: Work) -> None:
+    """Pay for a scalar that is read to its end."""
+    if isinstance(value, str | bytes):
+        work.spend(len(value) >> 6)
 
 
 def _is_number(value: Any) -> bool:
@@ -241,7 +252,8 @@ def _key(value: Any) -> Any:
     raise TypeError(f"a {_kind(value)} cannot be a key; keys are text, whole numbers, true and false")
 
 
-def _shown_key(key: Any) -> Any:
+def shown_key(key: Any) -> Any:
+    """A key of an object, as the expression has it."""
     return key[1] if isinstance(key, tuple) else key
 
 
@@ -329,19 +341,20 @@ def _remainder(one: Any, other: Any, work: Work) -> Any:
     return _computed("%", one, other)
 
 
+_ORDERED: Final = frozenset(("string", "bytes", "bool", "timestamp", "duration"))
+
+
 def _compared(test: Callable[[Any, Any], Any], one: Any, other: Any, work: Work) -> bool:
-    if _is_number(one) and _is_number(other):
-        pass
-    elif _kind(one) != _kind(other) or _kind(one) not in ("string", "bytes", "bool", "timestamp", "duration"):
+    numbers = _is_number(one) and _is_number(other)
+    if not numbers and (_kind(one) != _kind(other) or _kind(one) not in _ORDERED):
         raise TypeError(_NO_FIT)
-    elif isinstance(one, str):
-        work.spend(len(one) >> 6)
+    _read(one, work)
     return bool(test(one, other))
 
 
 def _in(one: Any, other: Any, work: Work) -> bool:
     if isinstance(other, dict):
-        return _key(one) in other
+        return _has(other, _key(one), work)
     if not isinstance(other, list):
         raise TypeError(_NO_FIT)
     return work.contains(other, one)
@@ -372,11 +385,11 @@ def _field(value: Any, name: str) -> Any:
     return value[name]
 
 
-def _item(value: Any, index: Any) -> Any:
+def _item(value: Any, index: Any, work: Work) -> Any:
     if isinstance(value, dict):
         key = _key(index)
-        if key not in value:
-            raise KeyError(index)
+        if not _has(value, key, work):
+            raise KeyError(shown_key(key))
         return value[key]
     if not isinstance(value, list):
         raise TypeError(_NO_FIT)
@@ -397,7 +410,7 @@ def _items(value: Any, work: Work) -> list[Any]:
     """What a macro goes over."""
     if isinstance(value, dict):
         work.over(len(value))
-        return [_shown_key(key) for key in value]
+        return [shown_key(key) for key in value]
     if not isinstance(value, list):
         raise TypeError(_NO_FIT)
     work.over(len(value))
@@ -506,7 +519,7 @@ class _Parser:
             return self._negated(self._member(), times - 1)
         if sign == "-":
             return self._negated(self._member(), times)
-        inner = self._member()
+        inner = self._unary()
         odd = times % 2 == 1
         return lambda frame: _yes(inner(frame)) is not odd
 
@@ -541,7 +554,7 @@ class _Parser:
 
     def _indexed(self, code: Code, index: Code) -> Code:
         self._parts += 1
-        return lambda frame: _item(code(frame), index(frame))
+        return lambda frame: _item(code(frame), index(frame), frame.work)
 
     def _selected(self, code: Code) -> Code:
         self._parts += 1
@@ -598,21 +611,21 @@ class _Parser:
         return f"{name}.{ahead[1]}"
 
     def _has(self) -> Code:
-        at = self._at
-        depth, dot = 0, at
+        start, end = self._at, self._closing(self._at - 1)
+        after = end + 1
+        while self._tokens[start].text == "(" and self._closing(start) == end - 1:
+            start, end = start + 1, end - 1
+        if end - start < 3 or self._tokens[end - 2].text != "." or self._tokens[end - 1].kind != "name":
+            self._at = after
+            return self._call("has", [])
         # The last field is asked for, and what is before it is evaluated.
-        while not (depth == 0 and self._text == ")"):
-            depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(self._text, 0)
-            if depth == 0 and self._text == ".":
-                dot = self._at
-            self._at += 1
-        name = self._tokens[dot + 1].text
-        whole = self._tokens
-        self._tokens, self._at = [*whole[:dot], Token("end", "", 0)], at
+        name, whole = self._tokens[end - 1].text, self._tokens
+        self._tokens, self._at = [*whole[: end - 2], Token("end", "", 0)], start
         inner = self._member()
-        self._tokens = whole
-        self._at = dot + 2
-        self._took(")")
+        alone = self._kind == "end"
+        self._tokens, self._at = whole, after
+        if not alone:
+            return self._call("has", [])
 
         def run(frame: Frame) -> bool:
             value = inner(frame)
@@ -621,6 +634,15 @@ class _Parser:
             return name in value
 
         return run
+
+    def _closing(self, at: int) -> int:
+        """Where the bracket closes that opens there."""
+        depth = 0
+        while True:
+            depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(self._tokens[at].text, 0)
+            if depth == 0:
+                return at
+            at += 1
 
     def _call(self, name: str, arguments: list[Code]) -> Code:
         self._parts += 1
@@ -806,6 +828,9 @@ def _literal(text: str) -> str | bytes:
     body = text[len(prefix) :]
     width = 3 if body[:3] in ('"""', "'''") and len(body) >= 6 else 1
     body = body[width : len(body) - width]
+    if width == 3:
+        # The ends of lines are the same on each system.
+        body = body.replace("\r\n", "\n").replace("\r", "\n")
     if "b" in prefix:
         return body.encode() if "r" in prefix else b"".join(_bytes(body))
     return body if "r" in prefix else _ESCAPE.sub(_unescaped, body)
@@ -902,6 +927,7 @@ def _matches(work: Work, text: str, pattern: str) -> bool:
 
 @_native((str, bytes))
 def _bytes_of(work: Work, value: str | bytes) -> bytes:
+    work.build(len(value))
     return value.encode() if isinstance(value, str) else value
 
 
@@ -912,6 +938,8 @@ def _int(work: Work, value: Any) -> int:
 
 @_native((str, float, int))
 def _uint(work: Work, value: Any) -> int:
+    if isinstance(value, float) and value < 0:
+        raise OverflowError(f"uint({value}) does not fit 64 bits")
     return _whole(_truncated(value, "uint"), Uint, "uint(…)")
 
 
@@ -938,7 +966,6 @@ def _dyn(work: Work, *arguments: Any) -> Any:
 
 _TYPE_NAMES: Final = {
     "null": "null_type",
-    "float": "double",
     "timestamp": "google.protobuf.Timestamp",
     "duration": "google.protobuf.Duration",
 }
@@ -954,6 +981,13 @@ def _type(work: Work, *arguments: Any) -> Any:
 @lru_cache(maxsize=64)
 def _in_rust(call: str) -> Any:
     return compile_cel(call)
+
+
+def spelled(value: Any) -> str:
+    """A fraction, bytes, a point in time or a duration, as `string(…)` spells it."""
+    if isinstance(value, timedelta) and value < timedelta():
+        return f"-{spelled(-value)}"
+    return str(_in_rust("string(value)").execute({"value": value}))
 
 
 def _of_time(name: str, method: bool, *kinds: type) -> Function:
@@ -987,8 +1021,8 @@ NATIVE: Final[Mapping[str, Function]] = {
     "double": _double,
     "dyn": _dyn,
     "type": _type,
-    "timestamp": _of_time("timestamp", False, str),
-    "duration": _of_time("duration", False, str),
+    "timestamp": _of_time("timestamp", False, str, datetime),
+    "duration": _of_time("duration", False, str, timedelta),
     **{
         name: _of_time(name, True, datetime)
         for name in ("getDate", "getDayOfMonth", "getDayOfWeek", "getDayOfYear", "getFullYear", "getMonth")

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, Final, TypeAlias
 
@@ -20,7 +21,20 @@ from pydantic import JsonValue
 
 from ferrum import sameness
 from ferrum.errors import ExpressionError, did_you_mean
-from ferrum.evaluation import FAILURES, Exceeded, Function, Limits, Program, Token, Type, Uint, Undefined, Work
+from ferrum.evaluation import (
+    FAILURES,
+    Exceeded,
+    Function,
+    Limits,
+    Program,
+    Token,
+    Type,
+    Uint,
+    Undefined,
+    Work,
+    shown_key,
+    spelled,
+)
 from ferrum.patterns import STDLIB, compile_cel
 
 #: How an author reaches a value: `("classify", "kind")`; `*` stands for any item of a list.
@@ -72,9 +86,12 @@ RESERVED_NAMES: Final = _RESERVED | _KEYWORDS | _TYPES | _BINDING | _NATIVE | {"
 
 
 def _string(work: Work, value: object) -> str:
-    if not isinstance(value, str):
-        work.written(value)
-    text = _as_text(_to_json(value))
+    if isinstance(value, float | bytes | datetime | timedelta):
+        text = spelled(value)
+    else:
+        if not isinstance(value, str):
+            work.written(value)
+        text = _as_text(_to_json(value))
     work.text(len(text))
     return text
 
@@ -118,33 +135,50 @@ def _flatten(work: Work, items: list[Any], depth: int = 1) -> list[Any]:
     return built
 
 
-_LOWER: Final = {letter: letter + 32 for letter in range(ord("A"), ord("Z") + 1)}
-_UPPER: Final = {small: letter for letter, small in _LOWER.items()}
+def _last_index_of(work: Work, text: str, part: str, offset: int | None = None) -> int:
+    # `rfind` takes time by the product of the lengths, `find` by their sum.
+    if offset is not None:
+        if not 0 <= offset <= len(text):
+            raise ValueError(f"the text has {len(text)} characters, and no place {offset}")
+        text = text[: offset + len(part)]
+    found = text[::-1].find(part[::-1])
+    return found if found < 0 else len(text) - len(part) - found
 
 
 def _lower_ascii(work: Work, text: str) -> str:
-    return text.translate(_LOWER)
+    # Of bytes, it is the letters of ASCII.
+    work.build(len(text))
+    return text.encode("utf-8", "surrogatepass").lower().decode("utf-8", "surrogatepass")
 
 
 def _upper_ascii(work: Work, text: str) -> str:
-    return text.translate(_UPPER)
+    work.build(len(text))
+    return text.encode("utf-8", "surrogatepass").upper().decode("utf-8", "surrogatepass")
 
 
-#: They compare items, and those of lists of lists could be compared for ever.
+#: They compare values with each other.
 _COMPARING: Final = _words("sort max min math.greatest math.least")
 
 
 def _library(name: str, function: Function) -> Function:
     """A function of `cel.stdlib`, or one of ours instead, within bounds and with its errors in our words."""
 
+    ours = function.__module__ == __name__
+
     def call(work: Work, *arguments: Any) -> Any:
-        _read(work, arguments, name)
+        if name != "string" and arguments and isinstance(arguments[0], dict):
+            arguments = _of_keys(work, arguments, name)
+        _read(work, arguments)
+        if name in _COMPARING:
+            _read_compared(work, arguments)
         try:
-            value = function(work, *arguments) if function.__module__ == __name__ else function(*arguments)
+            value = function(work, *arguments) if ours else function(*arguments)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{name}(): {error}") from error
         if isinstance(value, list):
             work.grown(len(value))
+        elif isinstance(value, str) and not ours:
+            work.build(len(value))
         elif type(value) is int and not -(2**63) <= value < 2**63:
             raise OverflowError(f"{name}() gives {value}, which does not fit 64 bits")
         return value
@@ -152,20 +186,34 @@ def _library(name: str, function: Function) -> Function:
     return call
 
 
-def _read(work: Work, arguments: Iterable[Any], name: str) -> None:
+def _of_keys(work: Work, arguments: tuple[Any, ...], name: str) -> tuple[Any, ...]:
+    """An object stands for its keys, where a function takes a list."""
+    first, *more = arguments
+    if more and name in _COMPARING:
+        raise TypeError("objects are not compared with each other")
+    work.grown(len(first))
+    return ([shown_key(key) for key in first], *more)
+
+
+def _read(work: Work, arguments: Iterable[Any]) -> None:
     for argument in arguments:
-        if isinstance(argument, str):
+        if isinstance(argument, str | bytes):
             work.spend(len(argument) >> 6)
         elif isinstance(argument, list):
             work.spend(len(argument))
-            if name in _COMPARING:
-                _read_compared(work, argument, name)
 
 
-def _read_compared(work: Work, items: list[Any], name: str) -> None:
-    if any(isinstance(item, list | dict) for item in items):
-        raise TypeError(f"{name}() does not compare lists and objects")
-    work.spend(sum(len(item) >> 6 for item in items if isinstance(item, str)) * len(items).bit_length())
+def _read_compared(work: Work, arguments: Sequence[Any]) -> None:
+    """Pay for values that are compared, each with all that is in it."""
+    items = arguments[0] if len(arguments) == 1 and isinstance(arguments[0], list) else arguments
+    times, todo = len(items).bit_length(), [*items]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, str | bytes):
+            work.spend((len(one) >> 6) * times)
+        elif isinstance(one, list | dict):
+            work.spend((len(one) + 1) * times)
+            todo += one.values() if isinstance(one, dict) else one
 
 
 #: What an expression may call besides the functions of CEL itself.
@@ -175,6 +223,7 @@ FUNCTIONS: Final[Mapping[str, Function]] = {
     "replace": _library("replace", _replace),
     "join": _library("join", _join),
     "split": _library("split", _split),
+    "lastIndexOf": _library("lastIndexOf", _last_index_of),
     "distinct": _library("distinct", _distinct),
     "flatten": _library("flatten", _flatten),
     "lowerAscii": _library("lowerAscii", _lower_ascii),
@@ -441,7 +490,8 @@ class _Expression:
             name = str(error)
             return _missing((name,), scope) or f"{name!r} is not there"
         if isinstance(error, KeyError):
-            key = str(error.args[0])
+            missed = error.args[0]
+            key = missed if isinstance(missed, str) else json.dumps(missed)
             reasons = [_missing(path, scope) for path in sorted(self.paths) if key in path]
             return next((reason for reason in reasons if reason), f"no {key!r}")
         if isinstance(error, TypeError):
@@ -540,8 +590,7 @@ def _converted(value: Any) -> JsonValue:
         case dict():
             for key in value:
                 if not isinstance(key, str):
-                    shown = key[1] if isinstance(key, tuple) else key
-                    raise ValueError(f"the result has a key {shown!r} that is not text")
+                    raise ValueError(f"the result has a key {json.dumps(shown_key(key))} that is not text")
             return {key: _converted(item) for key, item in value.items()}
     return value  # type: ignore[no-any-return]
 
@@ -745,7 +794,7 @@ def _scan(text: str, tokens: list[Token]) -> _Found:
             continue
         after = _text(tokens, position + 1)
         is_member = _text(tokens, position - 1) == "."
-        if after == "{":
+        if after == "{" and token.text != "in":
             raise ExpressionError(f"in {_shown(text)}: messages like {token.text}{{…}} are not supported")
         if after == "(":
             if _is_macro(tokens, position):

@@ -319,7 +319,35 @@ def _evaluated(validator: Any, instance: dict[str, Any], schema: Any) -> Iterato
         yield from _evaluated(applied, instance, below)
 
 
-def _applied(validator: Any, instance: dict[str, Any], schema: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+def _unevaluated_items(validator: Any, allowed: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
+    if not isinstance(instance, list):
+        return
+    known = set(_evaluated_items(validator, instance, schema))
+    if left := [repr(item) for at, item in enumerate(instance) if at not in known]:
+        verb = "was" if len(left) == 1 else "were"
+        yield ValidationError(f"Unevaluated items are not allowed ({', '.join(left)} {verb} unexpected)")
+
+
+def _evaluated_items(validator: Any, instance: list[Any], schema: Any) -> Iterator[int]:
+    """Places of items that a schema, or one that it applies in the same place, has something to say of."""
+    if not isinstance(schema, dict):
+        return
+    _WORK.get().spend(_STEP + len(schema) + len(instance))
+    items = schema.get("items")
+    if isinstance(items, list) and "additionalItems" not in schema:
+        # Up to the draft of 2019-09.
+        yield from range(len(items))
+    elif "items" in schema:
+        yield from range(len(instance))
+    yield from range(len(schema.get("prefixItems", ())))
+    for keyword in ("contains", "unevaluatedItems"):
+        if keyword in schema:
+            yield from [at for at, item in enumerate(instance) if _fits(validator, item, schema[keyword])]
+    for applied, below in _applied(validator, instance, schema):
+        yield from _evaluated_items(applied, instance, below)
+
+
+def _applied(validator: Any, instance: Any, schema: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     """The schemas that a schema applies in the same place, where they fit."""
     for keyword in ("$ref", "$dynamicRef", "$recursiveRef"):
         if keyword in schema:
@@ -327,7 +355,7 @@ def _applied(validator: Any, instance: dict[str, Any], schema: dict[str, Any]) -
             found = lookup_recursive_ref(resolver) if keyword == "$recursiveRef" else resolver.lookup(schema[keyword])
             yield validator.evolve(schema=found.contents, _resolver=found.resolver), found.contents
     for name, below in schema.get("dependentSchemas", {}).items():
-        if name in instance:
+        if isinstance(instance, dict) and name in instance:
             yield validator, below
     for keyword in ("allOf", "oneOf", "anyOf"):
         for below in schema.get(keyword, ()):
@@ -342,6 +370,7 @@ def _applied(validator: Any, instance: dict[str, Any], schema: dict[str, Any]) -
 
 
 def _fits(validator: Any, instance: Any, schema: Any) -> bool:
+    _WORK.get().spend(1)
     return next(validator.descend(instance, schema), None) is None
 
 
@@ -352,5 +381,6 @@ _OURS: Final[Mapping[str, _Keyword]] = {
     "uniqueItems": _unique_items,
     "const": _const,
     "enum": _enum,
+    "unevaluatedItems": _unevaluated_items,
     "unevaluatedProperties": _unevaluated_properties,
 }

@@ -482,16 +482,79 @@ def test_a_list_is_looked_through_for_each_of_its_items() -> None:
         ("l.all(x, !short.matches('(a|b){1,900}x'))", "it takes more than 10000000 steps"),
         ("short.matches('(?=a)')", "the pattern '(?=a)' cannot be used: look-around"),
         ("short.matches('(.{900}){900}')", "repeats too much"),
-        ("[[1], [2]].sort()", "sort() does not compare lists and objects"),
+        ("l.all(x, [pair, pair].sort() != [])", "it takes more than 10000000 steps"),
+        ("l.all(x, o.sort() != [])", "it builds a list of more than 50000000 characters"),
+        ("l.all(x, big in {long: 1})", "it takes more than 10000000 steps"),
+        ("[bytes(long)].all(b, [bytes(big)].all(c, l.all(x, b == c)))", "it takes more than 10000000 steps"),
+        ("[bytes(long)].all(b, [bytes(big)].all(c, l.all(x, b <= c)))", "it takes more than 10000000 steps"),
+        ("l.map(x, bytes(long)).size()", "it builds a list of more than 50000000 characters"),
+        ("l.map(x, long.substring(1)).size()", "it builds a list of more than 50000000 characters"),
+        ("l.map(x, long.upperAscii()).size()", "it builds a list of more than 50000000 characters"),
         ("l.map(x, l).flatten().size()", "it builds a list of more than 50000000 characters"),
     ],
 )
 def test_an_evaluation_has_a_bound(text: str, reason: str) -> None:
     scope: dict[str, Any] = {"l": list(range(5_000)), "m": list(range(5_000)), "short": "ab" * 50}
     scope |= {"long": "a" * 2_000_000, "n": [{"a": number} for number in range(-5_000, 0)]}
+    scope |= {"big": "a" * 2_000_000, "pair": [scope["l"], scope["l"]], "o": {f"{x}": x for x in range(5_000)}}
     with pytest.raises(ExpressionError) as caught:
         Template.compile(f"{{{{ {text} }}}}").evaluate(scope)
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("string(2.0)", "2"),
+        ("string(1e20)", "100000000000000000000"),
+        ("string(0.1)", "0.1"),
+        ("string(1.0 / 0.0)", "inf"),
+        ("string(b'a\\xff')", "a�"),
+        ("string(timestamp('2024-01-02T03:04:05+01:00'))", "2024-01-02T03:04:05+01:00"),
+        ("string(timestamp('2024-01-02T03:04:05Z') - timestamp('2024-01-02T03:04:03.5Z'))", "1.5s"),
+        ("string(duration('36h'))", "36h0m0s"),
+        ("string(duration('1m') - duration('1h2m'))", "-1h1m0s"),
+        ("string(timestamp(timestamp('2024-01-02T03:04:05Z')))", "2024-01-02T03:04:05+00:00"),
+        ("duration(duration('1h')) == duration('60m')", True),
+        ("[[2, 'b'], [1, 'z'], [1, 'a']].sort()", [[1, "a"], [1, "z"], [2, "b"]]),
+        ("[[1, 2], [3]].max()", [3]),
+        ("{'b': 1, 'a': 2}.sort()", ["a", "b"]),
+        ("{true: 1, 'a': 2}.flatten()", [True, "a"]),
+        ("max({'b': 1, 'a': 2})", "b"),
+        ("'Äa'.upperAscii() + 'ÄA'.lowerAscii()", "ÄAÄa"),
+        ("['abcabc'.lastIndexOf('a'), 'abcabc'.lastIndexOf('a', 2), 'abc'.lastIndexOf('x')]", [3, 0, -1]),
+        ("'abc'.lastIndexOf('')", 3),
+        (
+            "[has((classify.kind)), has(((classify).no)), has({'a': -1}.a), has([{'a': 1}][0].a), -2]",
+            [True, False, True, True, -2],
+        ),
+        ("'a' in {'a': 1} && !('b' in {'a': 1})", True),
+    ],
+)
+def test_what_cel_spells_and_orders_is_spelled_and_ordered_here(expression: str, value: object) -> None:
+    assert evaluated(f"{{{{ {expression} }}}}") == value
+
+
+def test_the_ends_of_lines_are_the_same_wherever_a_workflow_was_written() -> None:
+    assert evaluated('{{ """a\r\nb\rc""" }}') == "a\nb\nc"
+
+
+@pytest.mark.parametrize(
+    ("expression", "reason"),
+    [
+        ("has(classify.kind, classify.score)", "has() does not take these values, or not so many"),
+        ("has(context.documents[0], input.limit)", "has() does not take these values, or not so many"),
+        ("has(classify.kind, 1)", "has() does not take these values, or not so many"),
+        ("!!-1", "the types do not fit"),
+        ("uint(-0.5)", "uint(-0.5) does not fit 64 bits"),
+        ("{1: 2}[true]", "no 'true'"),
+        ("1 + 1.5", "Unsupported operation: int + double"),
+        ("max({'a': 1}, {'b': 1})", "objects are not compared with each other"),
+        ("'abc'.lastIndexOf('a', 9)", "the text has 3 characters, and no place 9"),
+    ],
+)
+def test_what_cel_refuses_is_refused(expression: str, reason: str) -> None:
+    assert reason in refusal(f"{{{{ {expression} }}}}")
 
 
 def test_no_pattern_takes_for_ever() -> None:
