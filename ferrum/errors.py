@@ -22,6 +22,7 @@ FerrumError
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -191,9 +192,10 @@ def _likely(name: str, names: list[str]) -> list[str]:
     """The names that have most letters in common with one."""
     if len(name) > _LONGEST_NAME:
         return []
-    letters = set(name)
+    letters = Counter(name)
+    # By the most that the closer comparison can come to, whatever the order of the letters.
     shared = [
-        (len(letters.intersection(one)) - abs(len(name) - len(one)), one)
+        ((letters & Counter(one)).total() / (len(name) + len(one)), one)
         for one in names
         # Names that differ more in length are never near.
         if 3 * len(one) <= 7 * len(name) and 3 * len(name) <= 7 * len(one)
