@@ -35,7 +35,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from ferrum import messages
-from ferrum.dead_letters import bury
+from ferrum.dead_letters import SAMPLE, bury
 from ferrum.refusals import hurried, patient
 from ferrum.steps import step_types
 
@@ -53,18 +53,40 @@ _RECONNECT_EVERY_S: Final = 1.0
 
 
 #: Takes the first message of the first list that has one, and notes it. KEYS: unacked, index, lists in their order.
-#: ARGV: a digit for each queue, 0 where messages are not acknowledged, or nothing where all are; the tag.
+#: ARGV: a digit for each queue, 0 where messages are not acknowledged, or nothing where all are; the tag; the most
+#: bytes of a message; of what is longer, so many are handed out.
+#: Returns the list, the text, its bytes, and a key that is no list, where there is one: '' for what there is not.
 _TAKE: Final = """
-local lists = #KEYS - 2
-local pop = {lists, unpack(KEYS, 3)}
-pop[lists + 2] = 'RIGHT'
-local found = redis.call('LMPOP', unpack(pop))
+local function pop(lists)
+  if #lists == 0 then return false end
+  local command = {#lists, unpack(lists)}
+  command[#lists + 2] = 'RIGHT'
+  return redis.pcall('LMPOP', unpack(command))
+end
+local lists, wrong = {unpack(KEYS, 3)}, ''
+local found = pop(lists)
+if found and found.err then
+  if found.err:sub(1, 9) ~= 'WRONGTYPE' then return found end
+  lists = {}
+  for at = 3, #KEYS do
+    local kind = redis.call('TYPE', KEYS[at]).ok
+    if kind == 'list' or kind == 'none' then lists[#lists + 1] = KEYS[at] else wrong = KEYS[at] end
+  end
+  found = pop(lists)
+end
 if not found then
   -- Read, not only popped from: of a list that it has read, the connection hears when it is written to.
   redis.call('EXISTS', unpack(KEYS, 3))
-  return false
+  return wrong ~= '' and {'', '', 0, wrong}
 end
 local list, text, kept = found[1], found[2][1], true
+local bytes = #text
+if bytes > tonumber(ARGV[3]) then
+  -- Each further copy of hundreds of megabytes would hold up Redis for seconds, and a small worker dies of one. The
+  -- last byte is none of UTF-8: what is left cannot be taken for a message.
+  text, found = text:sub(1, ARGV[4]) .. '\\255', nil
+  collectgarbage()
+end
 if ARGV[1] ~= '' then
   for at = 3, #KEYS do
     if KEYS[at] == list then
@@ -77,7 +99,7 @@ if kept then
   redis.call('HSET', KEYS[1], ARGV[2], #list .. ':' .. list .. text)
   redis.call('ZADD', KEYS[2], redis.call('TIME')[1], ARGV[2])
 end
-return {list, text}
+return {list, text, bytes, wrong}
 """
 
 #: Puts a message back. KEYS: unacked, index, list. ARGV: tag, text, RPUSH for the front of the list and LPUSH for its
@@ -126,6 +148,9 @@ _ANSWER_S: Final = 5.0
 #: The longest that a worker waits before it asks when it was woken and others were quicker, again and again: else each
 #: message would set a whole idle fleet asking.
 _PAUSE_S: Final = 0.05
+
+#: How often a key is named that stands where a list belongs.
+_SAY_EVERY_S: Final = 30.0
 
 #: What reading a connection gives for "one of your lists was written to".
 _WRITTEN: Final = object()
@@ -234,6 +259,8 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
         self._misses = 0
         self._ask_from = 0.0
         self._send_script = True
+        #: When a list that is none is named again.
+        self._say_from = 0.0
         self._question: tuple[tuple[bool, tuple[str, ...]], bytes] | None = None
         super().__init__(*args, **kwargs)
 
@@ -277,7 +304,7 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
         self._be_told(connection)
         tag = f"{self._name}.{next(self._numbers)}"
         self._tag, self._waiting, self._in_poll, self._brpop_sent_at = tag, False, connection, now
-        connection.send_packed_command([self._packed(queues), _bulk(tag.encode())], check_health=False)
+        connection.send_packed_command([self._packed(queues), _bulk(tag.encode()), _LIMITS_PACKED], check_health=False)
 
     def _packed(self, queues: list[str]) -> bytes:
         """The question, but for its tag: the same each time, as long as the queues are."""
@@ -289,7 +316,7 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
             script = ("EVAL", _TAKE) if self._send_script else ("EVALSHA", _TAKE_SHA)
             parts = [*script, str(len(keys)), *(self.global_keyprefix + key for key in keys)]
             parts.append(kept if "0" in kept else "")
-            packed = b"*%d\r\n" % (len(parts) + 1) + b"".join(_bulk(part.encode()) for part in parts)
+            packed = b"*%d\r\n" % (len(parts) + 1 + len(_LIMITS)) + b"".join(_bulk(part.encode()) for part in parts)
             self._question = (asked, packed)
         return self._question[1]
 
@@ -333,21 +360,33 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
                 raise
             if answer is _WRITTEN:
                 self._be_woken()
-            elif answer is not None:
+            elif answer is not None and answer[0]:
                 return self._take(*answer)
             elif self._tag is not None:
+                if answer is not None:
+                    self._say_no_list(answer[3])
                 self._begin_to_wait(connection)
             if not connection.can_read(timeout=0):
                 raise Empty
 
-    def _take(self, listed: bytes, text: bytes) -> bool:
+    def _take(self, listed: bytes, text: bytes, size: int, wrong: bytes) -> bool:
+        self._say_no_list(wrong)
         tag, self._tag = self._tag, None
         self._in_poll, self._send_script, self._woken, self._misses = None, False, False, 0
         self._flush_brpop_reauth()
         taken_from = listed.decode().removeprefix(self.global_keyprefix)
         self._queue_cycle.rotate(self.queue_of(taken_from))
-        self.connection.receive(self, taken_from, tag, text)
+        self.connection.receive(self, taken_from, tag, text, size)
         return True
+
+    def _say_no_list(self, key: bytes) -> None:
+        if not key or time.monotonic() < self._say_from:
+            return
+        self._say_from = time.monotonic() + _SAY_EVERY_S
+        log.error(
+            "%r is no list in Redis, so no message can be taken from it or sent to it: something else was written "
+            "there; look at it with TYPE, then remove it with DEL", key.decode(errors="replace"),
+        )  # fmt: skip
 
     def queue_of(self, listed: str) -> str:
         """The queue that a list is a lane of."""
@@ -402,15 +441,25 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
         self._question = None
         return super().basic_consume(queue, no_ack, *args, **kwargs)
 
+    def _size(self, queue: str) -> int:
+        # kombu asks when it declares a queue, and fails where something else stands in place of a list.
+        with self.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
+            for step in self.priority_steps:
+                pipe.llen(self._q_for_pri(queue, step))
+            return sum(size for size in pipe.execute(raise_on_error=False) if isinstance(size, int))
+
     def _get(self, queue: str) -> Any:
         lists = [self._q_for_pri(queue, step) for step in self.priority_steps]
         keys = [self.unacked_key, *(self.global_keyprefix + key for key in (self.unacked_index_key, *lists))]
         tag = f"{self._name}.{next(self._numbers)}"
-        found = self.run(_TAKE, keys, ["0" if self._is_unkept(queue) else "", tag])
+        found = self.run(_TAKE, keys, ["0" if self._is_unkept(queue) else "", tag, *_LIMITS])
         self._maybe_update_queues_expire(self._create_client(), queue)
-        if not found:
+        if found:
+            self._say_no_list(found[3])
+        if not found or not found[0]:
             raise Empty
-        message = self.connection.read(self, found[0].decode().removeprefix(self.global_keyprefix), tag, found[1])
+        listed = found[0].decode().removeprefix(self.global_keyprefix)
+        message = self.connection.read(self, listed, tag, found[1], found[2])
         if message is None:
             raise Empty
         return message
@@ -518,9 +567,9 @@ class _Sifting:
         self.cycle._brpop_health_tref.cancel()
         self.cycle._brpop_health_tref = loop.call_repeatedly(1, self.cycle.maybe_check_brpop_health)
 
-    def receive(self, channel: Channel, listed: str, tag: str, raw: bytes) -> None:
-        """Deliver what was taken from a list, if it is a message."""
-        message = self.read(channel, listed, tag, raw)
+    def receive(self, channel: Channel, listed: str, tag: str, raw: bytes, size: int) -> None:
+        """Deliver what was taken from a list, if it is a message; of more than is one, `raw` is the beginning."""
+        message = self.read(channel, listed, tag, raw, size)
         if message is None:
             return
         try:
@@ -529,24 +578,27 @@ class _Sifting:
             raise
         except Exception as error:
             log.exception("a message could not be received")
-            self.drop(channel, listed, tag, raw, messages.failed(message, error, task_names()))
+            self.drop(channel, listed, tag, raw, messages.failed(message, error, task_names()), size=size)
 
-    def read(self, channel: Channel, listed: str, tag: str, raw: bytes) -> dict[str, Any] | None:
+    def read(self, channel: Channel, listed: str, tag: str, raw: bytes, size: int) -> dict[str, Any] | None:
         """The message that this is, under the tag that it was taken with.
 
         `None` where kombu and Celery may not have it, which ends it.
         """
-        message = _read(raw, channel.queue_of(listed))
+        message = messages.TOO_LONG if size > messages.MAX_BYTES else _read(raw, channel.queue_of(listed))
         if isinstance(message, messages.Refused):
-            self.drop(channel, listed, tag, raw, message)
+            self.drop(channel, listed, tag, raw, message, size=size)
             return None
         message["properties"]["delivery_tag"] = tag
         return message
 
-    def drop(self, channel: Channel, listed: str, tag: str, raw: bytes, refused: messages.Refused) -> None:
+    def drop(
+        self, channel: Channel, listed: str, tag: str, raw: bytes, refused: messages.Refused, *, size: int
+    ) -> None:
         """Keep a message as a dead letter, and answer whoever waits for it."""
+        held = (channel.unacked_key, channel.unacked_index_key, tag)
         with channel.conn_or_acquire() as client:
-            letter = bury(client, raw, listed, refused, held=(channel.unacked_key, channel.unacked_index_key, tag))
+            letter = bury(client, raw, listed, refused, size=size, held=held)
         virtual.QoS.ack(channel.qos, tag)
         log.error(
             "a message was dropped from the queue %s, it is dead letter %s: %s (see docs/enqueue.md)",
@@ -696,6 +748,11 @@ def _heard(raw: bytes, exchange: str) -> dict[str, Any] | messages.Refused:
 
 def _bulk(part: bytes) -> bytes:
     return b"$%d\r\n%b\r\n" % (len(part), part)
+
+
+#: What is said of a message's length to `_TAKE`, at the end of each question.
+_LIMITS: Final = (str(messages.MAX_BYTES), str(SAMPLE))
+_LIMITS_PACKED: Final = b"".join(_bulk(part.encode()) for part in _LIMITS)
 
 
 def _list_of(noted: bytes) -> bytes:

@@ -28,7 +28,7 @@ MAX_LETTERS: Final = 1_000
 #: The most that their texts have together, in bytes.
 MAX_KEPT_BYTES: Final = 32 * 1024 * 1024
 #: Of a message that is too long to be one, so much is kept.
-_SAMPLE: Final = 1_000
+SAMPLE: Final = 1_000
 #: An answer is kept for as long as Celery keeps results, in seconds.
 _ANSWER_LIFE_S: Final = 86_400
 #: What stands between a queue's name and its lane in the name of a list.
@@ -100,31 +100,34 @@ class DeadLetters(Connection):
 
 
 def bury(
-    client: redis.Redis, raw: bytes, from_list: str, refused: Refused, *, held: tuple[str, str, str] = ("", "", "")
-) -> str:
+    client: redis.Redis, raw: bytes, from_list: str, refused: Refused, *,
+    size: int | None = None, held: tuple[str, str, str] = ("", "", ""),
+) -> str:  # fmt: skip
     """Drop a message: keep it as a dead letter and answer whoever waits for it; the letter's id.
 
-    `held` is where a message stands that was taken and not acknowledged: the hash, the sorted set, and its tag. It goes
-    from there in the same step. `client` may be one that does not decode.
+    `size` is given where `raw` is only the beginning of what has so many bytes. `held` is where a message stands that
+    was taken and not acknowledged: the hash, the sorted set, and its tag. It goes from there in the same step. `client`
+    may be one that does not decode.
     """
-    text, whole = _kept(raw)
+    size = len(raw) if size is None else size
+    text, whole = _kept(raw, size)
     answer_key = f"celery-task-meta-{refused.id}" if refused.answered else ""
     made: Any = client.eval(
-        _bury(), 1, _BASE, from_list, refused.reason, refused.task or "", refused.id or "", len(raw),
+        _bury(), 1, _BASE, from_list, refused.reason, refused.task or "", refused.id or "", size,
         text, int(whole), MAX_LETTERS, MAX_KEPT_BYTES,
         answer_key, _answer(refused) if answer_key else "", _ANSWER_LIFE_S, *held,
     )  # fmt: skip
     return made.decode() if isinstance(made, bytes) else str(made)
 
 
-def _kept(raw: bytes) -> tuple[str, bool]:
+def _kept(raw: bytes, size: int) -> tuple[str, bool]:
     """What is kept of a message, and whether that is all of it."""
-    if len(raw) > MAX_BYTES:
-        return raw[:_SAMPLE].decode(errors="backslashreplace"), False
+    if size > MAX_BYTES:
+        return raw[:SAMPLE].decode(errors="backslashreplace"), False
     try:
         return raw.decode(), True
     except UnicodeDecodeError:
-        return raw[:_SAMPLE].decode(errors="backslashreplace"), False
+        return raw[:SAMPLE].decode(errors="backslashreplace"), False
 
 
 @cache

@@ -70,6 +70,10 @@ class Refused:
     answered: bool = False
 
 
+#: One of which not even the beginning is looked at.
+TOO_LONG: Final = Refused(f"the message has more than {MAX_BYTES:,} bytes")
+
+
 class _Wrong(Exception):
     """What is wrong with a message, while it is read."""
 
@@ -98,7 +102,7 @@ def checked(message: object, queue: str, tasks: Collection[str]) -> dict[str, An
 def decoded(raw: bytes) -> str | Refused:
     """The text that these bytes are."""
     try:
-        return raw.decode() if len(raw) <= MAX_BYTES else Refused(f"the message has more than {MAX_BYTES:,} bytes")
+        return raw.decode() if len(raw) <= MAX_BYTES else TOO_LONG
     except UnicodeDecodeError:
         return Refused("it is not text in UTF-8")
 

@@ -792,7 +792,9 @@ class Record(Connection):
         for queue, lane in lanes:
             # As kombu names the list of a priority.
             pipe.llen(f"{queue}\x06\x16{lane}" if lane else queue)
-        return {lane: length == 0 for lane, length in zip(lanes, pipe.execute(), strict=True)}
+        # What is no list gives an error in its place: it is not empty, and nothing can be sent there.
+        lengths = pipe.execute(raise_on_error=False)
+        return {lane: length == 0 for lane, length in zip(lanes, lengths, strict=True)}
 
     # What can be seen.
 

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import pytest
@@ -20,7 +21,11 @@ from fleet import PATIENCE_S, Fleet, eventually, lane
 from sizes import sized
 
 import celeryconfig
+import ferrum
+from ferrum import broker
 from ferrum.broker import UNACKED, UNACKED_INDEX, OwnConnection, SentinelTransport, Transport, renew
+from ferrum.dead_letters import SAMPLE
+from ferrum.messages import MAX_BYTES
 from ferrum.testing.proxy import Proxy
 
 #: What starts at once, and runs nothing.
@@ -191,6 +196,64 @@ def test_every_way_to_redis_is_ferrums_own_also_after_a_failover_and_out_of_a_po
             assert bool(one.ssl) == url.startswith("rediss")
             one.maybe_switch_next()
             assert type(one.transport) is transport
+
+
+def test_of_an_element_that_is_no_message_for_its_size_only_the_beginning_leaves_redis(
+    fleet: Fleet, proxy: Proxy, client: redis.Redis
+) -> None:
+    worker = fleet.start()
+    came: list[int] = []
+
+    def rule(data: bytes, up: bool) -> bool:
+        came.append(0 if up else len(data))
+        return True
+
+    proxy.rule = rule
+    size = MAX_BYTES + 1
+    client.lpush("ferrum", b"x" * size)
+    task_id = push(client)
+    eventually(lambda: answered(client, task_id))
+    eventually(lambda: nothing_left(client))
+    assert sum(came) < 1_000_000
+    (letter,) = ferrum.runs.dead_letters()
+    assert (letter.queue, letter.size, letter.whole) == ("ferrum", size, False)
+    assert "more than 16,777,216 bytes" in letter.reason
+    assert worker.poll() is None
+
+
+def test_what_is_left_of_such_an_element_is_never_taken_for_a_message(channel: Any, client: redis.Redis) -> None:
+    task_id = push(client)
+    padded = client.rpop("ferrum")
+    client.lpush("ferrum", str(padded) + " " * MAX_BYTES)
+    taken = channel.run(broker._TAKE, [UNACKED, UNACKED_INDEX, "ferrum"], ["", "tag", MAX_BYTES, SAMPLE])
+    assert taken[2] == len(str(padded)) + MAX_BYTES
+    # Whoever took it has died.
+    assert channel.qos.restore_by_tag("tag")
+    with pytest.raises(Empty):
+        channel._get("ferrum")
+    (letter,) = ferrum.runs.dead_letters()
+    assert not letter.whole
+    assert not answered(client, task_id)
+
+
+@pytest.mark.parametrize("key", ["ferrum.llm", lane("ferrum", 4)])
+def test_a_worker_takes_from_its_other_lists_where_something_else_stands_in_place_of_one(
+    fleet: Fleet, client: redis.Redis, key: str
+) -> None:
+    worker = fleet.start()
+    client.xadd(key, {"mistaken": "for a stream"})
+    task_id = push(client)
+    eventually(lambda: answered(client, task_id))
+    eventually(lambda: f"'{key}'".encode("unicode_escape").decode() in fleet.log(0).read_text())
+    # It is there when a worker starts, too.
+    fleet.stop()
+    worker = fleet.start()
+    task_id = push(client)
+    eventually(lambda: answered(client, task_id))
+    client.delete(key)
+    task_id = push(client, queue=key) if key.startswith("ferrum\x06") else push(client)
+    eventually(lambda: answered(client, task_id))
+    assert worker.poll() is None
 
 
 @pytest.fixture

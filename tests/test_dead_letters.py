@@ -177,7 +177,7 @@ def test_what_fails_although_it_was_checked_is_dropped_alone(no_letters: None, c
             raise KeyError("no such thing")
 
         transport._deliver = fail
-        transport.receive(channel, "ferrum", "tag", raw)
+        transport.receive(channel, "ferrum", "tag", raw, len(raw))
         assert not client.hexists(UNACKED, "tag")
         assert client.zscore(UNACKED_INDEX, "tag") is None
         assert _answer(client, sent["headers"]["id"]) == {
@@ -189,7 +189,7 @@ def test_what_fails_although_it_was_checked_is_dropped_alone(no_letters: None, c
 
         transport._deliver = lose
         with pytest.raises(redis.exceptions.ConnectionError):
-            transport.receive(channel, "ferrum", "tag", raw)
+            transport.receive(channel, "ferrum", "tag", raw, len(raw))
     assert len(runs.dead_letters()) == 1
 
 
