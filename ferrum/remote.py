@@ -10,12 +10,15 @@ to shut down a fleet or to take its queues away.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
 from celery.worker.control import Panel
+
+from ferrum.settings import redact
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +28,9 @@ _NO_LOOK = frozenset({"objgraph", "memdump", "memsample"})
 #: show a worker.
 _HARMLESS = frozenset({"revoke", "revoke_by_stamped_headers", "enable_events", "heartbeat"})
 
+
+#: Of its inspect commands, those that tell where the broker is; for a socket, Celery leaves the password in.
+_TELLS_SETTINGS: Final = ("conf", "report", "stats")
 
 #: The id of a step's task: its run, and the step.
 _STEP: Final = re.compile(r"(run_[0-9A-Z]{26})\.(\S{1,500})")
@@ -45,6 +51,7 @@ def handlers(*, locked: bool, revoke: Revoke) -> dict[str, Callable[..., Any]]:
     """Celery's control commands for one worker, by name; all that do harm refuse unless Redis is `locked`."""
     names = {kind.alias: name for name, kind in Panel.meta.items() if kind.alias}
     ours = {"revoke": _revoked(revoke), "terminate": _terminated(revoke), "rate_limit": _rate_limited}
+    ours |= {name: _without_secrets(Panel.data[name]) for name in _TELLS_SETTINGS}
     return {
         name: ours.get(name, command) if locked or _open(names.get(name, name)) else _refused(name)
         for name, command in Panel.data.items()
@@ -72,6 +79,21 @@ def _revoked(revoke: Revoke) -> Callable[..., Any]:
 def _terminated(revoke: Revoke) -> Callable[..., Any]:
     command = _revoked(revoke)
     return lambda state, signal, task_id, **more: command(state, task_id, terminate=True, signal=signal, **more)
+
+
+def _without_secrets(command: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda state, **more: _redacted(command(state, **more))
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {name: "***" if name == "password" and one else _redacted(one) for name, one in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        # Celery has such defaults, and an answer with one is not JSON.
+        return str(value)
+    return [_redacted(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _tell_flower(state: Any, task_id: str, terminated: bool) -> None:

@@ -28,8 +28,10 @@ _SERVICE_ADDRESS: Final = re.compile(r"(?:tcp|udp|sctp)://\S+:\d+")
 
 log = logging.getLogger(__name__)
 
-#: An environment variable with one of these in its name holds a secret.
-_SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL")
+#: An environment variable whose name has one of these in it, or such an end, holds a secret. `PWD` is a directory.
+_SECRET_NAME: Final = re.compile(
+    r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|AUTHORIZATION|(?:_|-)(?:PASS|PWD|AUTH)$|^(?:PASS|AUTH)$"
+)
 
 
 class Missed(StrEnum):
@@ -209,9 +211,10 @@ def redact(text: str) -> str:
     """`text` with every secret of this process replaced by `***`.
 
     A secret is the value, of eight characters or more, of a variable whose name says so; the password of a URL, in
-    `text` or in a variable, as it is written and decoded; and what `hide` was told.
+    `text` or in a variable, as it is written and decoded; what follows `Bearer` or `Basic`; and what `hide` was told.
     """
     text = _TOKEN_IN_URL.sub("://***@", _PASSWORD_IN_URL.sub(r"\1***@", _SECRET_IN_QUERY.sub(r"\1***", text)))
+    text = _AUTHORIZATION.sub(r"\1***", text)
     for secret in _secrets():
         text = text.replace(secret, "***")
     return text
@@ -225,7 +228,7 @@ def hide(secrets: Iterable[str]) -> None:
 
 def says_secret(name: str) -> bool:
     """Whether the name of a variable or of an option says that its value is a secret."""
-    return any(word in name.upper() for word in _SECRET_WORDS)
+    return _SECRET_NAME.search(name.upper()) is not None
 
 
 def passwords_in(text: str) -> set[str]:
@@ -239,8 +242,12 @@ _PASSWORD_IN_URL: Final = re.compile(r"""(://[^\s/?#@:"'<>`]*:)([^\s/?#"'<>`]+)@
 #: Without a password it may be a token, and is one where no name of a user would be so long.
 _TOKEN_IN_URL: Final = re.compile(r"""://[^\s/?#@:"'<>`]{20,}@""")
 _SECRET_IN_QUERY: Final = re.compile(
-    r"""([?&][\w.-]{0,40}(?:password|token|secret|api_?key|signature|credential)=)[^\s&#"'<>`]+""", re.IGNORECASE
+    r"""([?&](?:[\w.-]{0,40}(?:password|token|secret|api_?key|signature|credential)|key|sig|auth|pwd|passwd)=)"""
+    r"""[^\s&#"'<>`]+""",
+    re.IGNORECASE,
 )
+#: What a request shows itself by, as HTTP libraries print it.
+_AUTHORIZATION: Final = re.compile(r"\b((?:Bearer|Basic)\s{1,4})[\w.~+/=-]{16,}", re.IGNORECASE)
 
 #: What `hide` was told.
 _hidden: Final[set[str]] = set()

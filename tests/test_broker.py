@@ -215,7 +215,8 @@ def test_of_an_element_that_is_no_message_for_its_size_only_the_beginning_leaves
     eventually(lambda: answered(client, task_id))
     eventually(lambda: nothing_left(client))
     assert sum(came) < 1_000_000
-    (letter,) = ferrum.runs.dead_letters()
+    # A worker that is too slow to say so is given what is left of it once more.
+    letter = ferrum.runs.dead_letters()[-1]
     assert (letter.queue, letter.size, letter.whole) == ("ferrum", size, False)
     assert "more than 16,777,216 bytes" in letter.reason
     assert worker.poll() is None

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from fleet import Fleet, assert_events_agree, ended, eventually
@@ -191,3 +192,13 @@ def test_a_rate_limit_for_steps_is_refused_with_what_to_use(worker: Fleet) -> No
     assert "ok" in str(answer)
     run_ids = [ferrum.submit({"name": "quick", "steps": {"a": ECHO}}) for _ in range(3)]
     assert {ended(run_id).status for run_id in run_ids} == {RunStatus.COMPLETED}
+
+
+def test_no_inspect_command_tells_the_password_of_the_broker(worker: Fleet, redis_url: str) -> None:
+    from ferrum.celery import app
+
+    password = str(urlsplit(redis_url).password)
+    look = app.control.inspect(timeout=20, limit=1)
+    for answer in (look.stats(), look.conf(with_defaults=True), look.report()):
+        assert answer
+        assert password not in str(answer)
