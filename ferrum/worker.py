@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -40,6 +41,10 @@ _NEEDED = {
     "worker_deduplicate_successful_tasks": False,
     "worker_cancel_long_running_tasks_on_connection_loss": False,
 }
+
+
+#: By which the processes of a pool are told to hand their steps back.
+_HAND_BACK = signal.SIGUSR2
 
 
 class Process(Protocol):
@@ -194,7 +199,7 @@ def install(app: Celery, process: Process) -> None:
 
         def close(self, parent: Any) -> None:
             # Here and not at a signal: a worker that is told to stop by remote control gets none.
-            _hand_back_after_grace(process)
+            _hand_back_after_grace(process, parent.pool)
 
         def stop(self, parent: Any) -> None:
             if self.sweeper is not None:
@@ -276,6 +281,7 @@ def _listen(process: Process) -> None:
     on = {
         signals.worker_shutdown: lambda **_: process.stop(),
         signals.worker_process_shutdown: lambda **_: process.stop(),
+        signals.worker_process_init: lambda **_: _hear_of_a_stop(process),
     }
     if settings().warm:
         on[signals.worker_ready] = lambda **_: _warm(process)
@@ -324,10 +330,27 @@ def _renew_custody(consumer: Any) -> None:
         log.debug("custody of messages was not renewed: Redis does not answer")
 
 
-def _hand_back_after_grace(process: Process) -> None:
-    timer = threading.Timer(settings().grace, process.executor().holds.stop_all)
+def _hand_back_after_grace(process: Process, pool: Any) -> None:
+    def hand_back() -> None:
+        process.executor().holds.stop_all()
+        # Processes of a pool have steps of their own, and hear nothing of a stop.
+        for child in getattr(getattr(pool, "_pool", None), "_pool", ()):
+            with suppress(ProcessLookupError):
+                os.kill(child.pid, _HAND_BACK)
+
+    timer = threading.Timer(settings().grace, hand_back)
     timer.daemon = True
     timer.start()
+
+
+def _hear_of_a_stop(process: Process) -> None:
+    """In a process of a pool: hand its step back when the worker says so."""
+
+    def hand_back() -> None:
+        process.executor().holds.stop_all()
+
+    # On a thread: what the signal interrupts may have the lock that this needs.
+    signal.signal(_HAND_BACK, lambda *_: threading.Thread(target=hand_back, daemon=True).start())
 
 
 def _warm(process: Process) -> None:

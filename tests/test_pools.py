@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,6 +92,23 @@ def test_workers_of_one_name_that_take_one_step_at_a_time_share_the_work(
     assert ended(run_id).status is RunStatus.COMPLETED
     assert set(pids(log)) == {solo.pid, single.pid}
     assert len(pids(log)) == 5
+    assert_events_agree(redis_url, run_id)
+
+
+def test_a_stopping_worker_hands_back_what_its_processes_do_after_its_grace(
+    fleet: Fleet, redis_url: str, tmp_path: Path
+) -> None:
+    began = tmp_path / "began"
+    worker = fleet.start("-P", "processes", "-c", "2", FERRUM_GRACE="0.2")
+    run_id = ferrum.submit(
+        {"name": "x", "steps": {"a": {"type": "task", "task": "user.sleep_once", "input": {"path": str(began)}}}}
+    )
+    eventually(began.exists)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(PATIENCE_S) == 0
+    assert [lost.reason for lost in happened(run_id, "step.lost")] == ["its worker is stopping"]
+    fleet.start()
+    assert ended(run_id).status is RunStatus.COMPLETED
     assert_events_agree(redis_url, run_id)
 
 
