@@ -81,15 +81,24 @@ class DeadLetters(Connection):
         return _letter(*found[0]), str(text)
 
     def replay(self, id: str) -> DeadLetter:
-        """Put it back into its queue, and forget it here. Raises `NotFound`, and `Conflict` where not all was kept.
+        """Put it back into its queue, and forget it here.
 
-        Its deliveries are counted from the start.
+        Its deliveries are counted from the start. Raises `NotFound`, and `Conflict` where not all was kept or where
+        something else is in place of its queue.
         """
         letter, text = self.find(id)
         if not letter.whole:
             raise Conflict(f"dead letter {id} is too long, or no text, and was not kept whole: it cannot be replayed")
         # Pushed before it is forgotten: a message that comes twice starts one run, and one that is lost none.
-        self._patiently(lambda: self._redis.lpush(letter.list, renewed(text)))
+        try:
+            self._patiently(lambda: self._redis.lpush(letter.list, renewed(text)))
+        except redis.exceptions.ResponseError as error:
+            if not str(error).startswith("WRONGTYPE"):
+                raise
+            raise Conflict(
+                f"dead letter {id} cannot go back: something else than a queue is at {letter.list!r} in Redis; "
+                "look at it with TYPE, then remove it with DEL"
+            ) from error
         self._scripts.eval("delete", _BASE, id)
         return letter
 

@@ -125,8 +125,9 @@ def test_an_id_that_would_steer_a_terminal_never_reaches_the_log(worker: Fleet, 
         lambda: next((one for one in runs.dead_letters() if mark in runs.dead_letter(one.id)[1]), 0)
     )
     assert letter.task_id is None
+    # The log is written behind the letter.
+    eventually(lambda: letter.id in worker.log(0).read_text())
     log = worker.log(0).read_text()
-    assert letter.id in log
     assert not {"\x1b]", "\x07", "\u202e"} & set(log)
 
 
@@ -205,6 +206,33 @@ def test_letters_are_bounded_in_number_and_in_bytes_and_the_newest_stays(
     assert [one.id for one in runs.dead_letters()] == more[:0:-1]
     runs.delete_dead_letter(more[-1])
     assert client.get("ferrum:{dead-letters}:bytes") == str(client.hlen("ferrum:{dead-letters}:texts")) == "2"
+
+
+def test_letters_are_replayed_each_once_whatever_becomes_of_the_others(
+    no_letters: None, client: redis.Redis, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = f"ferrum.{uuid.uuid4().hex}"
+    ids = [bury(client, b"{}", here, Refused("why")) for _ in range(3)]
+    assert status_of(("dead-letters", "replay", "9-9", ids[0], ids[0], ids[1], "--json")) == 2
+    told = capsys.readouterr()
+    assert json.loads(told.out) == [{"id": ids[0]}, {"id": ids[1]}]
+    assert "there is no dead letter '9-9'" in told.err
+    assert client.llen(here) == 2
+    # Somebody else is at it, too.
+    kept = runs.dead_letters()
+    monkeypatch.setattr(runs, "dead_letters", lambda: [*kept, *kept])
+    assert status_of(("dead-letters", "replay", "--all")) == 0
+    assert capsys.readouterr().out == f"{ids[2]} is put back\n"
+    assert client.llen(here) == 3
+
+
+def test_a_letter_stays_where_its_queue_cannot_take_it(no_letters: None, client: redis.Redis) -> None:
+    here = f"ferrum.{uuid.uuid4().hex}"
+    letter = bury(client, b"{}", here, Refused("why"))
+    client.set(here, "no list")
+    with pytest.raises(Conflict, match="something else than a queue"):
+        runs.replay_dead_letter(letter)
+    assert [one.id for one in runs.dead_letters()] == [letter]
 
 
 def test_what_is_too_long_or_no_text_is_kept_in_part_and_cannot_be_replayed(

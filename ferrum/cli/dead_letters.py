@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ferrum.cli.options import as_json_option, show_json
+from ferrum.errors import NotFound
 
 if TYPE_CHECKING:
     from ferrum.dead_letters import DeadLetter
@@ -95,12 +96,22 @@ def _each(ids: tuple[str, ...], all_of_them: bool, do: Callable[[str], object], 
     if all_of_them == bool(ids):
         raise click.UsageError("name dead letters by their ids, or say --all")
     chosen = [one.id for one in reversed(kept()) if one.whole or done == "deleted"] if all_of_them else list(ids)
-    for id_ in chosen:
-        do(id_)
+    told: list[str] = []
+    missing: NotFound | None = None
+    for id_ in dict.fromkeys(chosen):
+        try:
+            do(id_)
+        except NotFound as error:
+            # Of all, some may make room for new ones meanwhile, or somebody else is at it.
+            missing = missing or (None if all_of_them else error)
+            continue
+        told.append(id_)
         if not as_json:
             click.echo(f"{id_} is {done}")
     if as_json:
-        show_json([{"id": id_} for id_ in chosen])
+        show_json([{"id": id_} for id_ in told])
+    if missing is not None:
+        raise missing
 
 
 def _value(one: DeadLetter) -> Mapping[str, object]:
