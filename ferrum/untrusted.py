@@ -13,6 +13,7 @@ import json
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final, Self, TypeGuard
 
 from pydantic import JsonValue
@@ -25,6 +26,10 @@ _NOTE: Final = (
 
 #: Characters of a text that is quoted within a line.
 _SHORT: Final = 120
+#: Characters of documents that are looked through for where the texts of one value are from.
+_MOST_SEARCHED: Final = 100_000_000
+#: Sources of one text that are named, and characters of each.
+_MOST_SOURCES, _LONGEST_SOURCE = 20, 200
 #: Hex digits of a mark.
 _LENGTH: Final = 16
 #: Who speaks in a conversation.
@@ -55,14 +60,15 @@ class Marks:
         """As `marked`; of a conversation, which is a list of messages, what each says is marked."""
         if not _is_conversation(value):
             return self.marked(value, origin, found)
-        return [{**message, "content": self._content(message["content"], origin, found)} for message in value]
+        documents = _Found(found)
+        return [{**message, "content": self._content(message["content"], origin, documents)} for message in value]
 
-    def _content(self, content: JsonValue, origin: str, found: JsonValue) -> JsonValue:
+    def _content(self, content: JsonValue, origin: str, found: _Found) -> JsonValue:
         if not isinstance(content, list):
-            return self.marked(content, origin, found) or content
+            return self._marked(content, origin, found) or content
         # Pictures stay what they are.
         return [
-            {**part, "text": self.marked(part["text"], origin, found) or part["text"]}
+            {**part, "text": self._marked(part["text"], origin, found) or part["text"]}
             if isinstance(part, dict) and isinstance(part.get("text"), str)
             else part
             for part in content
@@ -76,6 +82,9 @@ class Marks:
         authenticates all that is quoted (HMAC, RFC 2104) by the run's secret: no text can hold its own end, and none
         can be made to look like a quotation of something else.
         """
+        return self._marked(value, origin, _Found(found))
+
+    def _marked(self, value: JsonValue, origin: str, found: _Found) -> str | None:
         quoted = list(_quoted(value, origin, found))
         if not quoted:
             return None
@@ -102,24 +111,51 @@ def _is_conversation(value: JsonValue) -> TypeGuard[list[dict[str, JsonValue]]]:
     )
 
 
-def _quoted(value: JsonValue, origin: str, found: JsonValue) -> Iterator[tuple[dict[str, str], str]]:
+def _quoted(value: JsonValue, origin: str, found: _Found) -> Iterator[tuple[dict[str, str], str]]:
     if documents := _documents(value):
         for document in documents:
             position = document.get("position")
             places = position.items() if isinstance(position, dict) else ()
             yield {"source": str(document["source"]), **{name: str(at) for name, at in places}}, str(document["text"])
     elif isinstance(value, str) and value:
-        yield {"source": _sources(value, found) or origin}, value
-    elif isinstance(value, list) and all(isinstance(one, str) and _sources(one, found) for one in value):
-        yield from (quoted for one in value for quoted in _quoted(one, origin, found))
+        yield {"source": found.sources(value) or origin}, value
+    elif isinstance(value, list) and (texts := found.texts(value)):
+        yield from (({"source": source}, text) for text, source in texts if text)
     elif isinstance(value, list | dict) and value:
         yield {"source": origin}, json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def _sources(text: str, found: JsonValue) -> str:
-    """The sources of the documents that a text is a part of, or that are a part of it."""
-    texts = [(str(document["source"]), str(document["text"])) for document in _documents(found)]
-    return ", ".join(dict.fromkeys(source for source, whole in texts if whole and (text in whole or whole in text)))
+class _Found:
+    """The documents that texts may be from."""
+
+    def __init__(self, found: JsonValue) -> None:
+        documents = [(str(one["source"])[:_LONGEST_SOURCE], str(one["text"])) for one in _documents(found)]
+        self._documents = [(source, whole) for source, whole in documents if whole]
+        self._length = sum(len(whole) + 64 for _, whole in self._documents)
+        self._left = _MOST_SEARCHED
+        self._same: dict[str, list[str]] = {}
+        for source, whole in self._documents:
+            self._same.setdefault(whole, []).append(source)
+
+    def sources(self, text: str) -> str:
+        """The sources of the documents that a text is a part of, or that are a part of it; some of very many.
+
+        Where all that there is would take too long to be looked through, of the documents that are the text itself.
+        """
+        self._left -= self._length + len(text) * len(self._documents)
+        near: Iterable[str] = self._same.get(text, ())
+        if self._left >= 0:
+            near = (source for source, whole in self._documents if text in whole or whole in text)
+        return ", ".join(dict.fromkeys(islice(near, _MOST_SOURCES)))
+
+    def texts(self, values: list[JsonValue]) -> list[tuple[str, str]]:
+        """Texts with their sources, where each of the values is a text of documents."""
+        texts: list[tuple[str, str]] = []
+        for one in values:
+            if not isinstance(one, str) or not (sources := self.sources(one)):
+                return []
+            texts.append((one, sources))
+        return texts
 
 
 def _documents(value: JsonValue) -> list[Mapping[str, JsonValue]]:

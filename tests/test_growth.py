@@ -30,10 +30,12 @@ from ferrum.models.calls import translated
 from ferrum.models.prices import PriceFile
 from ferrum.plan import Plan
 from ferrum.retrieval.cutting import cut
-from ferrum.retrieval.documents import Original
+from ferrum.retrieval.documents import Original, Place
 from ferrum.retrieval.words import words
-from ferrum.settings import Settings
+from ferrum.settings import Settings, redact
+from ferrum.terminal import quoted
 from ferrum.testing.script import Script
+from ferrum.untrusted import Marks
 from ferrum.workflow import Workflow
 
 #: Where a reader counts as quick, in the units of its input (characters, items, …).
@@ -95,6 +97,16 @@ def _provider(error: Exception) -> object:
 
 #: Without what it remembers.
 _pattern = patterns.schema_pattern.__wrapped__
+
+
+def _marked(value: Any) -> object:
+    documents = [{"text": str(one), "source": f"{at}.md"} for at, one in enumerate(value)]
+    return Marks("secret").written(value, "search", {"documents": documents})
+
+
+def _covered(path: str) -> bool:
+    pattern = "/".join(["**", "a"] * 100)
+    return Place.of(f"/top/{pattern}/c").covers(f"/top/{path}")
 
 
 def _steps(n: int, step: Callable[[int], dict[str, Any]]) -> str:
@@ -232,6 +244,15 @@ CASES = [
     Case("a document: Python's brackets", _document(".py"), lambda n: "(" * n),
     Case("a document: words", lambda text: list(words(text)), lambda n: "aB" * n),
     Case("a document: signs", lambda text: list(words(text)), lambda n: "字" * n + "a"),
+    Case("a path: folders of any depth", _covered, lambda n: "a/" * min(n, 400) + "a"),
+    Case("marks: texts of documents", _marked, lambda n: [f"t{at}" for at in range(n)], bounded=True),
+    Case("marks: texts of the same document", _marked, lambda n: ["a"] * n, bounded=True),
+    Case("marks: a long text", _marked, lambda n: ["x" * n, *[f"{at}" for at in range(n)]], bounded=True),
+    Case("marks: a conversation", _marked, lambda n: [{"role": "user", "content": "a"}] * n, bounded=True),
+    Case("on a terminal", quoted, lambda n: "a\u0301\x1b字" * n),
+    Case("on a terminal: accents", quoted, lambda n: "a" + "\u0301" * n),
+    Case("secrets: URLs", redact, lambda n: "://a:" + "@:" * n + "://" * n),
+    Case("secrets: queries", redact, lambda n: "?" + "password" * n + "?aaaaaaaa" * n),
     *[
         Case(f"a page: {piece!r}", _document(".html"), lambda n, piece=piece: "<html><p>x" + piece * n + "y")
         for piece in (

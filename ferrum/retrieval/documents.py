@@ -242,11 +242,16 @@ def _below(folder: str, path: str) -> tuple[str, ...] | None:
 
 
 def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    if not pattern or not parts:
-        return pattern == parts
-    if pattern[0] == "**":
-        return _fits(parts, pattern[1:]) or _fits(parts[1:], pattern)
-    return fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
+    # How many of the parts what is read of the pattern may stand for.
+    reached = {0}
+    for name in pattern:
+        if name == "**":
+            reached = set(range(min(reached), len(parts) + 1))
+        else:
+            reached = {at + 1 for at in reached if at < len(parts) and fnmatchcase(parts[at], name)}
+        if not reached:
+            return False
+    return len(parts) in reached
 
 
 def _is_read(name: str) -> bool:
