@@ -51,9 +51,9 @@ WORKFLOW = {
 @pytest.fixture(scope="module")
 def fleet(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     fleet = Fleet(redis_url, tmp_path_factory.mktemp("enqueue"))
-    (fleet.home / "nothing.policy.yaml").write_text("allow: []\n")
+    (fleet.home / "echo.policy.yaml").write_text('allow: ["task:user.echo"]\n')
     try:
-        fleet.start(FERRUM_POLICY=str(fleet.home / "nothing.policy.yaml"))
+        fleet.start(FERRUM_POLICY=str(fleet.home / "echo.policy.yaml"))
         yield fleet
     finally:
         fleet.stop()

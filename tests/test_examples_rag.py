@@ -51,12 +51,12 @@ RULES: list[dict[str, Any]] = [
     # How an answer is checked: the number in it has to be that of a document.
     {
         "match": {
-            "regex": r"(?s)You check .*returned within (?P<days>\d+) days.*The answer to check: Within (?P=days) days"
+            "regex": r"(?s)You check .*returned within (?P<days>\d+) days.*The answer to check: [^\n]*Within (?P=days) d"
         },
         "json": {"grounded": True, "answers": True, "why": ""},
     },
     {
-        "match": {"regex": r"(?s)You check .*returned within (?P<days>\d+) days.*The answer to check: Within"},
+        "match": {"regex": r"(?s)You check .*returned within (?P<days>\d+) days.*The answer to check: [^\n]*Within"},
         "json": {"grounded": False, "answers": True, "why": "It says $days days."},
     },
     {

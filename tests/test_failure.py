@@ -185,7 +185,7 @@ def test_cancelling_stops_what_is_running_at_once(
     }
     run_id = submit(steps)
     models.wait(lambda asked: _outcome(asked, "never 2") is Outcome.OPEN)
-    eventually(lambda: (tmp_path / "began").exists() and len(happened(run_id, "act.decided")) == 2)
+    eventually(lambda: (tmp_path / "began").exists() and len(happened(run_id, "act.decided")) == 4)
     ferrum.cancel(run_id, by="ada", reason="enough")
     assert ferrum.runs.record().status(run_id) is RunStatus.CANCELLED
     models.wait(lambda asked: _outcome(asked, "never 2") is Outcome.HUNG_UP, timeout_s=PATIENCE_S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -23,6 +24,7 @@ from ferrum.record import Verdict
 from ferrum.settings import Settings
 from ferrum.steps import Health, Inside, Park, step_types
 from ferrum.testing.actors import ScriptedActors
+from ferrum.untrusted import Marks
 from ferrum.workflow import Workflow
 
 
@@ -38,6 +40,10 @@ class Try:
     number: int = 1
     idempotency_key: str = "run_0123.a"
     memory: Any = None
+    marks: Marks = field(default_factory=Marks.new)
+
+    def now(self) -> float:
+        return time.time()
 
     async def perform(self, act: Any) -> Any:
         return await self.actors.carry_out(act, by(self))
