@@ -228,10 +228,14 @@ class QoS(kombu_redis.QoS):  # type: ignore[misc] # kombu is untyped
         """Put a message back: to the front of its list, or with `leftmost` to the end. False where it was not there."""
         with self.channel.conn_or_acquire(client) as asked:
             noted = asked.hget(self.unacked_key, tag)
-        if noted is None:
+        listed = None if noted is None else _list_of(noted)
+        if not listed:
+            # It would hold up all that is due behind it.
+            if noted is not None:
+                log.error("what stands in Redis at %r under %r is no message that was taken", self.unacked_key, tag)
             self.channel.forget(tag)
             return False
-        keys = [self.unacked_key, self.unacked_index_key, _list_of(noted)]
+        keys = [self.unacked_key, self.unacked_index_key, listed]
         push = "LPUSH" if leftmost else "RPUSH"
         idle = "" if idle_s is None else idle_s
         return bool(self.channel.run(_PUT_BACK, keys, [tag, _delivered_again(_text_of(noted)), push, idle]))
@@ -755,9 +759,9 @@ _LIMITS: Final = (str(messages.MAX_BYTES), str(SAMPLE))
 _LIMITS_PACKED: Final = b"".join(_bulk(part.encode()) for part in _LIMITS)
 
 
-def _list_of(noted: bytes) -> bytes:
+def _list_of(noted: bytes) -> bytes | None:
     length, _, rest = noted.partition(b":")
-    return rest[: int(length)]
+    return rest[: int(length)] if length.isdigit() and len(length) < 9 and int(length) < len(rest) else None
 
 
 def _text_of(noted: bytes) -> bytes:

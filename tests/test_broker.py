@@ -311,6 +311,18 @@ def test_a_message_is_put_back_when_nobody_has_renewed_it_and_only_then(channel:
     held.ack()
 
 
+def test_what_is_noted_as_taken_and_is_no_message_keeps_none_from_being_put_back(
+    channel: Any, client: redis.Redis
+) -> None:
+    push(client)
+    lost = channel.basic_get("ferrum")
+    noted = {"a": "garbage", "b": "x:ferrum{}", "c": "999:ferrum", "d": "1" * 5_000 + ":ferrum{}"}
+    client.hset(UNACKED, mapping=noted)
+    client.zadd(UNACKED_INDEX, {**dict.fromkeys(noted, 1), lost.delivery_tag: 2})
+    channel.qos.restore_visible()
+    assert (client.llen("ferrum"), client.hlen(UNACKED), client.zcard(UNACKED_INDEX)) == (1, 0, 0)
+
+
 def test_a_message_comes_to_who_waits_for_it_and_answers_that_are_not_acknowledged_are_not_kept(
     channel: Any, client: redis.Redis
 ) -> None:
