@@ -51,7 +51,8 @@ RULES: list[dict[str, Any]] = [
     # How an answer is checked: the number in it has to be that of a document.
     {
         "match": {
-            "regex": r"(?s)You check .*returned within (?P<days>\d+) days.*The answer to check: [^\n]*Within (?P=days) d"
+            "regex": r"(?s)You check .*returned within (?P<days>\d+) days.*"
+            r"The answer to check: [^\n]*Within (?P=days) d"
         },
         "json": {"grounded": True, "answers": True, "why": ""},
     },
