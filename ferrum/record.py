@@ -810,7 +810,7 @@ class Record(Connection):
             if deadline is None:
                 return self._redis.xread({key: after})
             left = min(BLOCK_S, deadline - time.monotonic())
-            return self._blocking().xread({key: after}, block=max(1, round(left * 1000)))
+            return self._waiting.xread({key: after}, block=max(1, round(left * 1000)))
 
         while not (reply := self._patiently(once)):
             if deadline is None or time.monotonic() >= deadline:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from hashlib import sha1
 from importlib import resources
 from typing import Any, Self, TypeVar, cast
@@ -197,10 +197,9 @@ class Connection:
 
         `timeout_s`: a connection on which nothing came for so long is given up, and the call is made on another one.
         """
-        self._connect = partial(client_of, url, connections=connections)
-        self._redis = self._connect(timeout_s=timeout_s)
-        self._timeout_s = timeout_s
-        self._waiting: redis.Redis | None = None
+        self._redis = client_of(url, connections=connections, timeout_s=timeout_s)
+        #: For reads that wait for up to `BLOCK_S`, which is longer than a connection may be silent else.
+        self._waiting = client_of(url, connections=connections, timeout_s=BLOCK_S + timeout_s)
         self._folder = folder
         self._set_patience(patience_s)
 
@@ -219,17 +218,10 @@ class Connection:
         """The scripts of what all runs share, through the same client."""
         return Scripts(self._redis, self._patience_s)
 
-    def _blocking(self) -> redis.Redis:
-        """A client for reads that wait for up to `BLOCK_S`, which is longer than a connection may be silent else."""
-        if self._waiting is None:
-            self._waiting = self._connect(timeout_s=BLOCK_S + self._timeout_s)
-        return self._waiting
-
     def close_connections(self) -> None:
         for client in (self._redis, self._waiting):
-            if client is not None:
-                client.close()
-                client.connection_pool.disconnect()
+            client.close()
+            client.connection_pool.disconnect()
 
     def _at_once(self, fill: Callable[[Pipeline], None], *, transaction: bool = False) -> list[Any]:
         """The replies to several commands. A pipeline that was executed is empty, so a new one is filled each time."""

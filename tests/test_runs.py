@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
+import redis
 from fleet import PATIENCE_S, Fleet, ended
 
 import ferrum
@@ -38,3 +40,19 @@ def test_what_depends_on_a_failed_step_is_skipped_and_the_rest_still_finishes(wo
         "c": (StepStatus.COMPLETED, None),
         "d": (StepStatus.SKIPPED, "'a' failed"),
     }
+
+
+def test_waiting_again_and_again_opens_no_connection_anew(worker: Fleet, redis_url: str) -> None:
+    run_id = ferrum.submit({"name": "x", "steps": {"gate": {"type": "approval", "message": "Go on?"}}})
+    gc.disable()
+    try:
+        with redis.Redis.from_url(redis_url) as client:
+            ids: list[set[str]] = []
+            for _ in range(6):
+                with pytest.raises(TimeoutError):
+                    ferrum.wait(run_id, timeout_s=0.01)
+                ids.append({str(one["id"]) for one in client.client_list() if one["cmd"] == "xread"})
+    finally:
+        gc.enable()
+        ferrum.cancel(run_id)
+    assert len(ids[-1]) == len(ids[0]) == 1
