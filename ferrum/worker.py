@@ -75,7 +75,8 @@ class Sweeper:
             try:
                 self._beat()
                 break
-            except redis.exceptions.RedisError as error:
+            except (Unavailable, redis.exceptions.RedisError) as said:
+                error = said.__cause__ or said
                 if not passes(error):
                     log.critical("this worker cannot start: %s", unavailable(error))
                     raise WorkerShutdown(1) from error
