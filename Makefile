@@ -60,7 +60,7 @@ test: setup ## all tests, in parallel; of long chaos, fuzz and attack suites a f
 	@$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder --durations=10 \
 		--cov --cov-report=term --cov-fail-under=90 $(ARGS)
 
-test-all: export FERRUM_TEST_SIZE ?= 10
+test-all: export FERRUM_TEST_SIZE ?= 3
 test-all: test ## the same, and the long suites whole
 
 counterparts: $(UV) ## programs of others that tests may use, in .tools; says what cannot be had

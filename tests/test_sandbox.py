@@ -969,6 +969,7 @@ def test_a_part_of_the_tree_that_is_ours_is_found_and_used(monkeypatch: pytest.M
     assert all(path.is_absolute() for path in cgroup._candidates())
 
 
+@needs_a_sandbox
 def test_a_cgroup_that_cannot_be_made_is_an_error_and_no_sandbox_without_one(tmp_path: Path) -> None:
     groups = Cgroups(tmp_path)
     tmp_path.rmdir()
