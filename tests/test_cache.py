@@ -9,7 +9,7 @@ from queue import Queue
 
 import pytest
 import redis
-from fleet import PATIENCE_S, eventually
+from fleet import PATIENCE_S
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sharing import Clock, connect, lose_an_answer, step
@@ -68,10 +68,12 @@ def test_what_was_not_asked_is_computed_beside_it(cache: Cache) -> None:
     assert cache.enter(ASKED, A, HOLD_S) == cache.enter(digest_of("llm", {}), B, HOLD_S) == Compute()
 
 
-def test_what_is_too_old_is_computed_anew(cache: Cache) -> None:
+def test_what_is_too_old_is_computed_anew(cache: Cache, clock: Clock) -> None:
     cache.enter(ASKED, A, HOLD_S)
     cache.put(ASKED, A, "old", 0.02)
-    eventually(lambda: cache.enter(ASKED, B, HOLD_S) == Compute(), every_s=0.005)
+    assert cache.enter(ASKED, B, HOLD_S) == Hit("old")
+    clock.move(0.021)
+    assert cache.enter(ASKED, B, HOLD_S) == Compute()
 
 
 def test_who_gives_up_leaves_it_to_the_first_who_waits(cache: Cache, clock: Clock) -> None:
