@@ -271,7 +271,7 @@ def _stage(chance: random.Random, fault_s: float) -> Iterator[Stage]:
 
 
 def _settings(folder: Path, url: str) -> dict[str, str | None]:
-    (folder / "policy.yaml").write_text('allow: ["tool:effects.*"]\n')
+    (folder / "policy.yaml").write_text('allow: ["tool:effects.*", "task:bench.*"]\n')
     module = {"module": "ferrum.testing.effects_server", "args": ["--log", str(folder / "effects.log")]}
     return {
         "FERRUM_REDIS_URL": url,

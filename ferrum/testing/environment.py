@@ -19,6 +19,9 @@ _CACHES = {
     "ferrum.runs": ("record",),
 }
 
+#: Connections of a Celery app that was sent to another Redis.
+_LEFT: list[object] = []
+
 
 @contextmanager
 def environment(changes: Mapping[str, str | None]) -> Iterator[None]:
@@ -73,7 +76,9 @@ def _send_celery_to(url: str) -> None:
     if app is None or app.conf.broker_read_url == url:
         return
     app.conf.update(broker_url=url, broker_read_url=url, broker_write_url=url, result_backend=url)
-    # As after a fork: connections that others may be using are left to them, and new ones are made.
+    # As after a fork: connections that others may be using are left to them, and new ones are made. The garbage
+    # collector would close them, and warn of it in whatever test runs then.
+    _LEFT.append((app._pool, app.amqp._producer_pool, app._backend_cache, app._local))
     app._after_fork()
     app._backend_cache = None
     app._local = threading.local()
