@@ -61,7 +61,7 @@ def install(directory: Path) -> None:
 
 
 def trusted() -> dict[str, str]:
-    """What lets a pip before 24.2, which brings certificates of its own, trust those of this machine.
+    """Settings by which a pip before 24.2, which brings certificates of its own, trusts those of this machine.
 
     Not `PIP_CERT`, which would win over the user's own configuration of pip.
     """

@@ -1,4 +1,4 @@
-"""What faults cost: runs while workers are killed, connections are cut or go silent, and Redis refuses or fails over.
+"""Cost of faults: runs while workers are killed, connections are cut or go silent, and Redis refuses or fails over.
 
 For each kind of fault, runs of six steps with countable effects are started on two workers and a Redis of their own,
 and the fault happens again and again until they have ended. It prints, for each kind:

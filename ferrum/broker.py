@@ -180,7 +180,7 @@ def warn_of_others(channel: Channel) -> None:
 
 
 class _Keys:
-    """What stands in Redis beside the queues, under names that are not those of other Celery apps."""
+    """Keys in Redis beside the queues, under names that are not those of other Celery apps."""
 
     unacked_key = UNACKED
     unacked_index_key = UNACKED_INDEX
@@ -554,7 +554,7 @@ class Poller(kombu_redis.MultiChannelPoller):  # type: ignore[misc]
 
 
 def _nothing() -> None:
-    """What a timer calls that is there to begin a turn."""
+    """Callback of a timer that is there to begin a turn."""
 
 
 class _Sifting:

@@ -207,12 +207,12 @@ class Received(Request):  # type: ignore[misc] # Celery is untyped
             raise InvalidTaskError("no message as docs/enqueue.md has it: with headers.id and a body [[…], {…}, {…}]")
 
     def info(self, safe: bool = False) -> dict[str, Any]:
-        """What `celery inspect` and Flower show: never the arguments, which hold the input of a run."""
+        """Facts that `celery inspect` and Flower show: never the arguments, which hold the input of a run."""
         return dict(super().info(safe=True))
 
 
 class ReceivedStep(Received):
-    """Whether a step runs is decided by its run's record: nothing that Celery drops by itself comes back."""
+    """The record of its run decides if a step runs: nothing that Celery drops by itself comes back."""
 
     def revoked(self) -> bool:
         return False

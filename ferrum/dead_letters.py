@@ -66,7 +66,7 @@ class DeadLetters(Connection):
         super().__init__(url, patience_s=patience_s, folder="dead_letters")
 
     def all(self) -> list[DeadLetter]:
-        """Those that are kept, newest first."""
+        """The dead letters that are kept, newest first."""
         found: Any = self._patiently(lambda: self._redis.xrevrange(f"{_BASE}:list"))
         return [_letter(id_, fields) for id_, fields in found]
 

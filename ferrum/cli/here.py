@@ -182,7 +182,7 @@ class Lines:
 
 
 def how_to_decide(event: Event) -> str | None:
-    """What is asked, and what to type, where an event says that a person is waited for."""
+    """The question and the command that answers it, where an event says that a person is waited for."""
     from ferrum.events import StepWaiting
     from ferrum.follow import ASKS
 
@@ -202,7 +202,7 @@ def asks(message: str, act: JsonValue) -> Iterator[str]:
 
 
 def how_to_answer(run_id: str, step_id: str, digest: str) -> Iterator[str]:
-    """What to type, on a line of its own that no terminal breaks in the middle of a quotation."""
+    """A command to type, on a line of its own that no terminal breaks in the middle of a quotation."""
     yield f"  ferrum approvals approve {run_id} {step_id} --digest {short(digest)}   (or reject)"
 
 
