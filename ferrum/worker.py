@@ -22,7 +22,7 @@ from celery.worker.state import maybe_shutdown
 
 from ferrum.broker import renew, warn_of_others
 from ferrum.errors import AuthorError, NotFound, SettingsError, Unavailable
-from ferrum.executor import Executor
+from ferrum.executor import Executor, Holds
 from ferrum.pulse import AWAY, Every
 from ferrum.record import Resend
 from ferrum.refusals import passes
@@ -68,6 +68,10 @@ class Sweeper:
         self._idle_since = time.monotonic()
         self._away = Outage(log, "this worker")
         self._every = Every("ferrum-sweeper", config.sweep, self.once)
+
+    @property
+    def holds(self) -> Holds:
+        return self._executor.holds
 
     def start(self) -> None:
         """Begin once Redis takes what this worker writes, however long that takes."""
@@ -200,7 +204,8 @@ def install(app: Celery, process: Process) -> None:
 
         def close(self, parent: Any) -> None:
             # Here and not at a signal: a worker that is told to stop by remote control gets none.
-            _hand_back_after_grace(process, parent.pool)
+            if self.sweeper is not None:
+                _hand_back_after_grace(self.sweeper.holds, parent.pool)
 
         def stop(self, parent: Any) -> None:
             if self.sweeper is not None:
@@ -331,9 +336,10 @@ def _renew_custody(consumer: Any) -> None:
         log.debug("custody of messages was not renewed: Redis does not answer")
 
 
-def _hand_back_after_grace(process: Process, pool: Any) -> None:
+def _hand_back_after_grace(holds: Holds, pool: Any) -> None:
     def hand_back() -> None:
-        process.executor().holds.stop_all()
+        # Of this worker: when the grace is over, its process may have another one.
+        holds.stop_all()
         # Processes of a pool have steps of their own, and hear nothing of a stop.
         for child in getattr(getattr(pool, "_pool", None), "_pool", ()):
             with suppress(ProcessLookupError):

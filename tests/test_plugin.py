@@ -215,6 +215,34 @@ def test_another(ferrum_worker):
     project.pytest(*_LEAN, passes=2)
 
 
+def test_the_stop_of_a_tests_worker_hands_back_no_step_of_the_next_ones(project: Project) -> None:
+    project.write(
+        "test_two.py",
+        """
+import threading
+
+import ferrum, pytest
+
+@pytest.fixture
+def ferrum_environ():
+    return {"FERRUM_GRACE": "0.2"}
+
+def shout():
+    return ferrum.wait(ferrum.submit("shout.yaml", {"text": "here"}), timeout_s=120)
+
+def test_one(ferrum_worker):
+    assert shout() == {"said": "HERE!"}
+
+def test_another_that_goes_on_when_the_grace_of_the_first_is_over(ferrum_worker):
+    for left in threading.enumerate():
+        if isinstance(left, threading.Timer):
+            left.join()
+    assert shout() == {"said": "HERE!"}
+""",
+    )
+    project.pytest(*_LEAN, passes=2)
+
+
 def test_policy_script_and_settings_are_fixtures_to_override(project: Project) -> None:
     project.write("asks.policy.yaml", 'ask: ["model:*"]\nallow: ["task:*"]\n')
     project.write(
