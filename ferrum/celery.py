@@ -12,7 +12,8 @@ import socket
 import threading
 import time
 import uuid
-from functools import cached_property
+from collections.abc import Sequence
+from functools import cached_property, partial
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -38,7 +39,7 @@ from ferrum.plan import Plan
 from ferrum.pulse import Pulse, Watch
 from ferrum.record import Record, base_of
 from ferrum.scripts import TIMEOUT_S
-from ferrum.sending import send, start
+from ferrum.sending import hand_over, send, start
 from ferrum.settings import Settings, settings
 from ferrum.steps import step_types
 from ferrum.worker import install
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 
 #: How long a worker's calls outlast a Redis that is away: a step that has acted must get its result recorded.
 _PATIENCE_S = 600
+#: The same for somebody who waits for the answer.
+_ASKING_PATIENCE_S = 3.0
 
 
 def redis_url() -> str:
@@ -93,11 +96,27 @@ def _celeryconfig() -> ModuleType:
 
 
 class App(Celery):  # type: ignore[misc] # Celery is untyped
-    """Celery's app, with a worker of ours."""
+    """Celery's app, with a worker and a remote control of ours."""
+
+    control_cls = "ferrum.remote:Control"
 
     @cached_property
     def Worker(self) -> Any:
         return self.subclass_with_self("ferrum.pool:Worker")
+
+    def revoke(self, task_ids: Sequence[str], by: str) -> dict[str, str]:
+        """Tell the record that these tasks are revoked, whether or not a worker hears of it. Raises `Unavailable`."""
+        from ferrum import remote
+
+        record = Record(redis_url(), patience_s=_ASKING_PATIENCE_S)
+
+        def plan_of(run_id: str) -> Plan:
+            return Plan.loads(record.plan_document(run_id, record.plan_digest(run_id)))
+
+        try:
+            return remote.revoke(record, partial(hand_over, self, plan_of), task_ids, by)
+        finally:
+            record.close_connections()
 
 
 # By `app.conf.update` nothing would be known before it is needed; like this, `ferrum plan` needs no Redis.
@@ -300,6 +319,11 @@ def run(self: Any, *given: object, **named: object) -> Any:
     if isinstance(wanted, str):
         return {"error": wanted}
     executor = process.executor()
+    if executor.record.is_revoked(self.request.id):
+        # By Celery, a worker knows what was revoked while it was up.
+        self.send_event("task-revoked", terminated=False, signum=None, expired=False)
+        self.backend.mark_as_revoked(self.request.id, reason="revoked", request=self.request)
+        raise Ignore
     try:
         plan = Plan.of(wanted["workflow"])
         run_id = start(

@@ -55,6 +55,7 @@ _EXPONENT: Final = re.compile(r"[0-9][eE]")
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,200}", re.ASCII)
 _RUN_ID: Final = re.compile(r"run_[0-9A-HJKMNP-TV-Z]{26}", re.ASCII)
 _STEP_ID: Final = re.compile(rf"[A-Za-z0-9_.]{{1,{MAX_STEP_ID}}}", re.ASCII)
+_STEPS_TASK: Final = re.compile(rf"({_RUN_ID.pattern})\.({_STEP_ID.pattern})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,22 @@ def decoded(raw: bytes) -> str | Refused:
         return raw.decode() if len(raw) <= MAX_BYTES else TOO_LONG
     except UnicodeDecodeError:
         return Refused("it is not text in UTF-8")
+
+
+def step_of(task_id: str) -> tuple[str, str] | None:
+    """The run and the step that have this id as a Celery task; `None` where it is no step's."""
+    found = _STEPS_TASK.fullmatch(task_id)
+    return None if found is None else (found[1], found[2])
+
+
+def is_run_id(text: str) -> bool:
+    """Whether a run may have this id."""
+    return _RUN_ID.fullmatch(text) is not None
+
+
+def is_message_id(text: str) -> bool:
+    """Whether a `ferrum.run` message may have this id."""
+    return _ID[1](text)
 
 
 def control(text: str) -> dict[str, Any] | Refused:

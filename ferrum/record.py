@@ -76,6 +76,11 @@ _LONGEST_WAIT_S = 100 * 365 * 86400.0
 
 #: Who is alive, by when that must be said again.
 _WORKERS = "ferrum:workers"
+#: Messages that were revoked, by when: a sorted set.
+_REVOKED = "ferrum:revoked"
+#: How long that is remembered, in seconds, and of how many at most.
+REVOKED_LIFE_S = 7 * 86400
+_MOST_REVOKED = 50_000
 #: Workers that died while they ran a step, by when.
 _DIED = "ferrum:died"
 #: Field of a registered workflow that names its newest version.
@@ -682,6 +687,18 @@ class Record(Connection):
         if reply[1] == "no step":
             raise NotFound(f"run {run_id!r} has no step {step_id!r}")
         raise Conflict(f"{step_id!r} of run {run_id!r} cannot be revoked: {_who_is(str(reply[1]))}")
+
+    def revoke_messages(self, ids: Sequence[str]) -> None:
+        """Remember for `REVOKED_LIFE_S` that no run is to be begun by a message with one of these ids."""
+        scripts = Scripts(self._redis, self._patience_s)
+        for begin in range(0, len(ids), 1000):
+            some = ids[begin : begin + 1000]
+            scripts.eval("revoked/add", _REVOKED, "", us(REVOKED_LIFE_S), _MOST_REVOKED, *some)
+
+    def is_revoked(self, id: str) -> bool:
+        """Whether the message with this id was revoked."""
+        scripts = Scripts(self._redis, self._patience_s)
+        return bool(scripts.eval("revoked/has", _REVOKED, "", us(REVOKED_LIFE_S), id))
 
     def nudge(self, run_id: str) -> tuple[Resend, ...]:
         """Wake what waits for its time and send again what is ready. Raises `NotFound` and `Conflict`."""

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from celery.worker.consumer.control import Control
 from celery.worker.state import maybe_shutdown
 
 from ferrum.broker import renew, warn_of_others
-from ferrum.errors import AuthorError, NotFound, SettingsError, Unavailable
+from ferrum.errors import NotFound, SettingsError, Unavailable
 from ferrum.executor import Executor, Holds
 from ferrum.pulse import AWAY, Every
 from ferrum.record import Resend
@@ -270,17 +270,14 @@ def _in_background(call: Callable[..., None], *arguments: object) -> None:
     threading.Thread(target=call, args=arguments, name="ferrum-revoke", daemon=True).start()
 
 
-def _revoke(app: Celery, process: Process, steps: Iterable[tuple[str, str]], why: str) -> None:
+def _revoke(app: Celery, process: Process, task_ids: Sequence[str], by: str) -> None:
+    from ferrum import remote
+
     executor = process.executor()
-    for run_id, step_id in steps:
-        try:
-            send(app, executor.plan_of, executor.record.revoke(run_id, step_id, why))
-            log.info("%s.%s is cancelled: %s", run_id, step_id, why)
-        except AuthorError as error:
-            # Of all workers that hear of it one is the first.
-            log.debug("%s", error)
-        except Unavailable as error:
-            log.error("%s.%s was not revoked: %s", run_id, step_id, error)
+    try:
+        remote.revoke(executor.record, partial(send, app, executor.plan_of), task_ids, by)
+    except Unavailable as error:
+        log.error("%s: not revoked: %s", ", ".join(task_ids), error)
 
 
 def _listen(process: Process) -> None:

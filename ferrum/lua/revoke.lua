@@ -8,6 +8,8 @@ if not here then return { 'no', 'no step' } end
 if not live(here) then return { 'no', 'run ' .. status } end
 local state = load(step)
 if ENDED[state.s] then return { 'no', state.s } end
+-- Whoever was first stays in the record.
+if state.rv then return { 'no', 'revoked already' } end
 if frame_of(step, here) and redis.call('SISMEMBER', open_key, step) == 0 then return { 'no', 'not begun' } end
 if state.s == 'pending' and not redis.call('ZSCORE', ready_key(here.q, step), member(step)) then
   -- What it needs has not ended; when it could run, it is cancelled instead.
