@@ -14,6 +14,8 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 # No Python but the one of this machine.
 export UV_PYTHON_DOWNLOADS := never
 export UV_NO_PROGRESS ?= 1
+# Some machines have Python keep nothing of what it compiles: hundreds of processes would compile all that they import.
+export PYTHONDONTWRITEBYTECODE :=
 # The certificates of this machine: behind a company's proxy those that uv brings know no issuer. By both names that uv
 # has had for it.
 export UV_SYSTEM_CERTS ?= 1

@@ -17,6 +17,10 @@ from ferrum.testing.environment import environment, flush, nothing_of_the_machin
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+# Some machines have Python keep nothing of what it compiles: hundreds of processes would compile all that they import.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    sys.dont_write_bytecode = False
+
 # The same examples each time: a run that fails is a change that broke something. `HYPOTHESIS_PROFILE=default` hunts.
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
