@@ -27,15 +27,9 @@ broker_transport_options: dict[str, Any] = {
     # A list for each priority of a run, 0 first, and within one the queues in turn.
     "priority_steps": list(range(10)),
     "queue_order_strategy": "priority",
-    # A connection that has gone silent, without an end that one could hear of, is given up and made anew.
-    "socket_timeout": 4,
-    "socket_connect_timeout": 2,
+    # How long a connection may be silent before it is given up and made anew goes by `FERRUM_LEASE`.
     "socket_keepalive": True,
-    "health_check_interval": 3,
 }
-redis_socket_timeout = 4
-redis_socket_connect_timeout = 2
-redis_backend_health_check_interval = 3
 # Else what follows a join goes to the first list, ahead of all other runs.
 task_inherit_parent_priority = True
 # The default gives up after 0.6 s, which would fail a chord while Redis restarts. As long as the record's patience.

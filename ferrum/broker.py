@@ -37,6 +37,8 @@ from redis.retry import Retry
 from ferrum import messages
 from ferrum.dead_letters import SAMPLE, bury
 from ferrum.refusals import hurried, patient
+from ferrum.scripts import CONNECT_TIMEOUT_S, timeout_of
+from ferrum.settings import settings
 from ferrum.steps import step_types
 
 log = logging.getLogger(__name__)
@@ -143,8 +145,6 @@ _RESTORED_AT_ONCE: Final = 200
 
 #: How often is asked where Redis does not tell of new messages.
 _POLL_S: Final = 0.05
-#: A question that has no answer after this long has none coming: its connection is given up.
-_ANSWER_S: Final = 5.0
 #: The longest that a worker waits before it asks when it was woken and others were quicker, again and again: else each
 #: message would set a whole idle fleet asking.
 _PAUSE_S: Final = 0.05
@@ -266,7 +266,11 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
         #: When a list that is none is named again.
         self._say_from = 0.0
         self._question: tuple[tuple[bool, tuple[str, ...]], bytes] | None = None
+        #: A question that has no answer after this long has none coming: its connection is given up.
+        self._answer_s = silence_s()
         super().__init__(*args, **kwargs)
+        # Where nothing comes, so long passes until it is asked whether Redis is there.
+        self.brpop_timeout: float = min(self.connection.brpop_timeout, silence_s())
 
     def _connparams(self, asynchronous: bool = False) -> Any:
         # Kombu 5.7.0 dies with an AttributeError instead of reconnecting when Redis goes away while late acks are due:
@@ -428,7 +432,7 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
         asked_for = now - self._brpop_sent_at
         if self._waiting and asked_for >= self.brpop_timeout:
             self._in_poll, self._waiting = None, False
-        elif not self._waiting and asked_for >= _ANSWER_S and not connection.can_read(timeout=0):
+        elif not self._waiting and asked_for >= self._answer_s and not connection.can_read(timeout=0):
             log.warning("Redis has not answered for %.0f s: connecting anew", asked_for)
             connection.disconnect()
 
@@ -567,9 +571,12 @@ class _Sifting:
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         super().register_with_event_loop(connection, loop)  # type: ignore[misc]
         self.cycle.loop = loop
-        # kombu's own turn is every 25 s.
-        self.cycle._brpop_health_tref.cancel()
-        self.cycle._brpop_health_tref = loop.call_repeatedly(1, self.cycle.maybe_check_brpop_health)
+        # kombu's own turns are every 25 s.
+        looks = {"_brpop_health_tref": self.cycle.maybe_check_brpop_health}
+        looks["_subclient_health_tref"] = self.cycle.maybe_check_subclient_health
+        for name, look in looks.items():
+            getattr(self.cycle, name).cancel()
+            setattr(self.cycle, name, loop.call_repeatedly(min(1.0, silence_s()), look))
 
     def receive(self, channel: Channel, listed: str, tag: str, raw: bytes, size: int) -> None:
         """Deliver what was taken from a list, if it is a message; of more than is one, `raw` is the beginning."""
@@ -717,13 +724,24 @@ BACKENDS: Final = {
 }
 
 
+def silence_s() -> float:
+    """How long nothing may come through a connection before it is given up, whatever Celery's settings say."""
+    return timeout_of(settings().lease)
+
+
 def patiently(connparams: dict[str, Any]) -> dict[str, Any]:
     """These parameters of a pool of redis-py's, for connections that raise `Refused` and try each call once.
 
-    All that uses them tries again by itself, and not on the worker's one thread that hears of messages.
+    All that uses them tries again by itself, and not on the worker's one thread that hears of messages. Those that have
+    gone silent are given up well before a lease is over.
     """
-    kind = connparams.get("connection_class", redis.Connection)
-    return {**connparams, "connection_class": patient(kind), "retry": Retry(NoBackoff(), 0)}
+    kind, most_s = connparams.get("connection_class", redis.Connection), silence_s()
+    most = {"socket_timeout": most_s, "health_check_interval": most_s}
+    if "socket_connect_timeout" in connparams:
+        # Not of a Unix socket.
+        most["socket_connect_timeout"] = min(most_s, CONNECT_TIMEOUT_S)
+    times = {name: min(connparams.get(name) or longest, longest) for name, longest in most.items()}
+    return {**connparams, **times, "connection_class": patient(kind), "retry": Retry(NoBackoff(), 0)}
 
 
 @cache

@@ -38,7 +38,7 @@ from ferrum.messages import RUN, arguments
 from ferrum.plan import Plan
 from ferrum.pulse import Pulse, Watch
 from ferrum.record import Record, base_of
-from ferrum.scripts import TIMEOUT_S
+from ferrum.scripts import timeout_of
 from ferrum.sending import hand_over, send, start
 from ferrum.settings import Settings, settings
 from ferrum.steps import step_types
@@ -150,7 +150,7 @@ class _Process:
 
     def _make(self) -> Executor:
         config = settings()
-        url, timeout_s = redis_url(), timeout_of(config)
+        url, timeout_s = redis_url(), timeout_of(config.lease)
         record = Record(url, patience_s=_PATIENCE_S, timeout_s=timeout_s)
         self._actors = LiveActors(config)
         executor = Executor(
@@ -189,11 +189,6 @@ class _Process:
         if self._pulse is not None:
             self._pulse.forget()
         self._executor = self._pulse = self._actors = None
-
-
-def timeout_of(config: Settings) -> float:
-    """How long a connection to Redis may be silent: well below a lease, so that a dead one costs none."""
-    return min(TIMEOUT_S, config.lease / 4)
 
 
 def _finishing(config: Settings) -> frozenset[str]:

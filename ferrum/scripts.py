@@ -36,6 +36,11 @@ BLOCK_S = 2.0
 _T = TypeVar("_T")
 
 
+def timeout_of(lease_s: float) -> float:
+    """How long a connection to Redis may be silent: well below a lease, so that a dead one costs none."""
+    return min(TIMEOUT_S, lease_s / 4)
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Who:
     """The step on whose behalf something that all runs share is asked for."""

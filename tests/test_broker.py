@@ -25,7 +25,9 @@ import ferrum
 from ferrum import broker
 from ferrum.broker import UNACKED, UNACKED_INDEX, OwnConnection, SentinelTransport, Transport, renew
 from ferrum.dead_letters import SAMPLE
+from ferrum.local.redis import celery_url
 from ferrum.messages import MAX_BYTES
+from ferrum.testing.environment import environment
 from ferrum.testing.proxy import Proxy
 
 #: What starts at once, and runs nothing.
@@ -354,3 +356,30 @@ def test_kills_and_cuts_at_any_instant_lose_no_message(fleet: Fleet, proxy: Prox
     eventually(lambda: all(answered(client, task_id) for task_id in sent))
     eventually(lambda: nothing_left(client))
     assert fleet.workers[-1].poll() is None
+
+
+@pytest.mark.parametrize("lease_s", [1.0, 2.0, 8.0, 3600.0])
+@pytest.mark.parametrize("scheme", ["unix", "tcp"])
+def test_a_connection_is_given_up_well_within_a_lease_however_short_it_is(
+    client: redis.Redis, proxy: Proxy, redis_url: str, lease_s: float, scheme: str
+) -> None:
+    from ferrum.celery import App
+    from ferrum.scripts import TIMEOUT_S
+
+    url = celery_url(redis_url) if scheme == "unix" else proxy.url
+    most_s = min(TIMEOUT_S, lease_s / 4)
+    with environment({"FERRUM_LEASE": str(lease_s), "FERRUM_HEARTBEAT": "0.3"}):
+        app = App("timed", set_as_current=False, amqp=broker.Broker, broker=url, backend=url)
+        app.loader.override_backends = broker.BACKENDS
+        # An operator's own, be they longer or none.
+        app.conf.update(broker_transport_options={"socket_timeout": 60}, redis_socket_timeout=None)
+        try:
+            with app.connection_for_read() as connection:
+                channel = connection.default_channel
+                kept = channel.pool.connection_kwargs, app.backend.connparams
+                assert [options["socket_timeout"] for options in kept] == [most_s, most_s]
+                assert {options.get("socket_connect_timeout", 0) <= min(2, most_s) for options in kept} == {True}
+                # What it waits for an answer on the connection where messages come, after so long without any.
+                assert channel.brpop_timeout + channel._answer_s <= lease_s / 2
+        finally:
+            app.close()

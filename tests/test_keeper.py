@@ -43,16 +43,17 @@ def keepers(pid: int) -> list[int]:
 def test_a_step_that_holds_the_interpreter_runs_once_and_takes_nobody_along(
     fleet: Fleet, redis_url: str, tmp_path: Path, pool: tuple[str, ...]
 ) -> None:
-    fleet.start(*pool)
+    short = {"FERRUM_LEASE": "1.5"}
+    fleet.start(*pool, **short)
     # Whoever would take what is taken for lost.
-    fleet.start()
+    fleet.start(**short)
     log = tmp_path / "held"
     steps = {
         "beside": task("sleep", seconds=0.5, log=str(tmp_path / "beside")),
-        "a": task("hold", log=str(log), seconds=5),
-        "b": task("hold", log=str(log), seconds=5),
-        "slot": {**task("hold", log=str(log), seconds=3), "concurrency": {"key": "k", "limit": 1}},
-        "same": {**task("hold", log=str(log), seconds=3), "cache": {"key": "k", "ttl": "1h"}},
+        "a": task("hold", log=str(log), seconds=2.5),
+        "b": task("hold", log=str(log), seconds=2.5),
+        "slot": {**task("hold", log=str(log), seconds=2), "concurrency": {"key": "k", "limit": 1}},
+        "same": {**task("hold", log=str(log), seconds=2), "cache": {"key": "k", "ttl": "1h"}},
     }
     run_id = ferrum.submit({"name": "x", "steps": steps})
     assert ended(run_id).status is RunStatus.COMPLETED
