@@ -58,12 +58,12 @@ check: setup ## style, types, the order of the rooms, the lock
 	@$(BIN)/lint-imports
 	@$(BIN)/pytest -q -p no:cacheprovider tests/test_packaging.py -k lock
 
-test: setup ## all tests, in parallel; of long chaos, fuzz and attack suites a fair sample; fails below 90 % coverage
-	@$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder --durations=10 \
-		--cov --cov-report=term --cov-fail-under=90 $(ARGS)
+test: setup ## all tests, in parallel; of long chaos, fuzz and attack suites a fair sample
+	@$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder --durations=10 $(MEASURED) $(ARGS)
 
-test-all: export FERRUM_TEST_SIZE ?= 3
-test-all: test ## the same, and the long suites whole
+test-all: export FERRUM_TEST_SIZE ?= 11
+test-all: MEASURED := --cov --cov-report=term --cov-fail-under=90
+test-all: test ## the same, and the long suites whole; fails below 90 % coverage
 
 counterparts: $(UV) ## programs of others that tests may use, in .tools; says what cannot be had
 	@$(PYTHON) .ci/counterparts.py

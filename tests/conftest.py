@@ -11,6 +11,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from ferrum.local.redis import PrivateRedis
 from ferrum.testing.environment import environment, flush, nothing_of_the_machine
@@ -40,6 +41,27 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if (server := config.stash.get(_PRELOADED, None)) is not None:
         server.stop()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """More than there are processors: tests wait for others most of their time."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    processors = len(os.sched_getaffinity(0))
+    return processors + min(processors, 4)
+
+
+class _Scheduling(LoadFileScheduling):
+    """`--dist loadfile`: the tests of a file share a worker. Those of some files share none, and may run anywhere."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid if nodeid.startswith(_APART) else str(super()._split_scope(nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    return _Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")
@@ -122,6 +144,10 @@ _LONG = (
     "durability", "docs", "sandbox_attacks", "demo", "plugin", "cli", "approvals", "docs_language", "failure",
     "example_data_analysis", "models", "schedules", "language", "worker", "examples_rag", "sandbox_killed",
 )  # fmt: skip
+
+
+#: Long tests that share no worker with others of their file.
+_APART = ("tests/test_docs.py::test_what_a_page_shows",)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
