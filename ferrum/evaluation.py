@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import lru_cache, partial
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -406,6 +406,20 @@ def _yes(value: Any) -> bool:
     return value
 
 
+def _decided(conditions: Iterable[Code], frame: Frame, decisive: bool) -> bool:
+    """The first condition that is `decisive` settles it, whatever failed before; else the first failure is raised."""
+    failure: Exception | None = None
+    for condition in conditions:
+        try:
+            if _yes(condition(frame)) is decisive:
+                return decisive
+        except FAILURES as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    return not decisive
+
+
 def _items(value: Any, work: Work) -> list[Any]:
     """What a macro goes over."""
     if isinstance(value, dict):
@@ -458,19 +472,7 @@ class _Parser:
         if len(parts) == 1:
             return parts[0]
 
-        def run(frame: Frame) -> bool:
-            failure: Exception | None = None
-            for one in parts:
-                try:
-                    if _yes(one(frame)) is decisive:
-                        return decisive
-                except FAILURES as error:
-                    failure = failure or error
-            if failure is not None:
-                raise failure
-            return not decisive
-
-        return run
+        return lambda frame: _decided(parts, frame, decisive)
 
     def _relation(self) -> Code:
         return self._chain(_RELATIONS, self._sum)
@@ -782,22 +784,14 @@ def _quantified(decisive: bool) -> Callable[[Code, int, list[Code], int], Code]:
     def macro(source: Code, slot: int, arguments: list[Code], steps: int) -> Code:
         [condition] = arguments
 
-        def run(frame: Frame) -> bool:
-            failure: Exception | None = None
+        def per_item(frame: Frame) -> Iterator[Code]:
             slots, spend = frame.slots, frame.work.spend
             for item in _items(source(frame), frame.work):
                 spend(steps)
                 slots[slot] = item
-                try:
-                    if _yes(condition(frame)) is decisive:
-                        return decisive
-                except FAILURES as error:
-                    failure = failure or error
-            if failure is not None:
-                raise failure
-            return not decisive
+                yield condition
 
-        return run
+        return lambda frame: _decided(per_item(frame), frame, decisive)
 
     return macro
 

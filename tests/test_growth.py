@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from pdfs import sharing
 from sizes import SIZE, sized
 
 from ferrum import patterns, schemas
@@ -64,6 +65,19 @@ class Case:
 
 def _document(suffix: str) -> Callable[[str], object]:
     return lambda text: cut(Original(f"document{suffix}", text))
+
+
+def _pages(content: bytes) -> object:
+    return cut(Original("document.pdf", content))
+
+
+_LINE = b"(a) Tj "
+#: How a font says which characters 65,536 codes are, in little space.
+_MAP = b"1 begincodespacerange <0000> <FFFF> endcodespacerange\n1 beginbfrange\n<0000> <FFFF> <0000>\nendbfrange\n"
+
+
+def _text(lines: int) -> bytes:
+    return b"BT /F1 12 Tf 72 720 Td " + _LINE * lines + b"ET"
 
 
 def _held(schema: Any) -> Callable[[Any], object]:
@@ -244,6 +258,14 @@ CASES = [
     Case("a document: Python's brackets", _document(".py"), lambda n: "(" * n),
     Case("a document: words", lambda text: list(words(text)), lambda n: "aB" * n),
     Case("a document: signs", lambda text: list(words(text)), lambda n: "字" * n + "a"),
+    Case("a PDF: pages of one content", _pages, lambda n: sharing(n, _text(n)), bounded=True),
+    Case("a PDF: pages of one form", _pages, lambda n: sharing(n, b"/X0 Do", forms=[_text(n)]), bounded=True),
+    Case("a PDF: a form many times", _pages, lambda n: sharing(1, b"/X0 Do " * n, forms=[_text(n)]), bounded=True),
+    Case("a PDF: forms that double", _pages,
+         lambda n: sharing(n, b"/X0 Do", forms=[b"/X%d Do " % (at + 1) * 2 for at in range(min(n, 40))] + [_text(1)]),
+         bounded=True),
+    Case("a PDF: pages of one font", _pages, lambda n: sharing(n, _text(1), to_unicode=_MAP), bounded=True),
+    Case("a PDF: pages", _pages, lambda n: sharing(n, _text(1))),
     Case("a path: folders of any depth", _covered, lambda n: "a/" * min(n, 400) + "a"),
     Case("marks: texts of documents", _marked, lambda n: [f"t{at}" for at in range(n)], bounded=True),
     Case("marks: texts of the same document", _marked, lambda n: ["a"] * n, bounded=True),

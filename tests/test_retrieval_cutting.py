@@ -10,6 +10,7 @@ import sys
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from pdfs import sharing
 
 from ferrum.errors import InputError
 from ferrum.retrieval.cutting import cut
@@ -227,6 +228,31 @@ def test_what_is_no_pdf_is_said_to_be_none(content: bytes) -> None:
 def test_a_pdf_of_pictures_says_that_it_has_no_text() -> None:
     with pytest.raises(InputError, match=r"'a\.pdf' has no text, only pictures"):
         pieces(pdf("", ""), "a.pdf")
+
+
+def test_pages_of_a_pdf_may_share_a_letterhead() -> None:
+    cut = pieces(sharing(50, b"/X0 Do", forms=[b"BT /F1 12 Tf 72 720 Td (Our address) Tj ET"]), "a.pdf")
+    assert [(chunk.text, chunk.position) for chunk in cut] == [("Our address", {"page": page}) for page in range(1, 51)]
+
+
+#: Drawing, which is quick to go over, and a font that says nothing at length.
+_LONG = b"q Q " * 100_000
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(sharing(9, _LONG), id="content"),
+        pytest.param(sharing(1, b"/X0 Do " * 9, forms=[_LONG]), id="a form"),
+        pytest.param(sharing(9, b"/X0 Do", forms=[b"/X%d Do " % at * 2 for at in range(1, 30)]), id="forms in forms"),
+        pytest.param(sharing(9, b"BT (a) Tj ET", to_unicode=b"%" + b"x" * 400_000), id="a font"),
+    ],
+)
+def test_a_pdf_that_comes_to_far_more_than_its_file_is_refused(content: bytes) -> None:
+    with pytest.raises(
+        InputError, match=r"^'a\.pdf' is too much to read as PDF: its pages come to more than 2 MB.*split"
+    ):
+        pieces(content, "a.pdf")
 
 
 def test_a_pdf_with_a_password_says_so() -> None:
