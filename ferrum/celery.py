@@ -42,7 +42,7 @@ from ferrum.scripts import timeout_of
 from ferrum.sending import hand_over, send, start
 from ferrum.settings import Settings, settings
 from ferrum.steps import step_types
-from ferrum.worker import install
+from ferrum.worker import install, shown_by_celery
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,10 @@ def redis_url() -> str:
 
 
 def _defaults() -> dict[str, Any]:
-    url = celery_url(redis_url())
+    try:
+        url = celery_url(redis_url())
+    except (SettingsError, Unavailable) as error:
+        raise shown_by_celery(error) from None
     return {"broker_url": url, "result_backend": url, "broker_read_url": url, "broker_write_url": url}
 
 

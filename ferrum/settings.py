@@ -10,7 +10,7 @@ from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import Final, Literal
-from urllib.parse import parse_qs, quote, quote_plus, unquote, urlsplit
+from urllib.parse import parse_qs, parse_qsl, quote, quote_plus, unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
@@ -156,12 +156,8 @@ def read(environ: Mapping[str, str]) -> Settings:
         raise SettingsError(wrong[0])
     if settings.heartbeat * 3 > settings.lease:
         raise SettingsError("FERRUM_LEASE must be at least three times FERRUM_HEARTBEAT, or one late beat loses a step")
-    if settings.redis_url is not None and not _is_redis_url(settings.redis_url.get_secret_value()):
-        # Without the value, which may hold a password.
-        raise SettingsError(
-            "FERRUM_REDIS_URL (or REDIS_URL) is no URL of a Redis: they look like redis://:password@host:6379/0, "
-            "rediss://… or unix:///path/to/socket"
-        )
+    if settings.redis_url is not None and (problem := _wrong_with_redis(settings.redis_url.get_secret_value())):
+        raise SettingsError(f"FERRUM_REDIS_URL (or REDIS_URL){problem}")
     return settings.model_copy(update={"home": settings.home.expanduser()})
 
 
@@ -189,13 +185,57 @@ def _is_service_link(variable: str, text: str) -> bool:
     return _SERVICE_LINK.fullmatch(variable) is not None
 
 
-def _is_redis_url(url: str) -> bool:
+def _wrong_with_redis(url: str) -> str | None:
+    """The problem with a URL of Redis, without what may be a password; `None` where redis-py and Celery take it."""
     try:
         parts = urlsplit(url)
-        # Reading the port checks it.
-        return parts.scheme in ("redis", "rediss", "unix") and parts.port != 0
+        # Reading the port checks it. A password with a `?` in it may pass for one, and its rest for options.
+        is_one = parts.scheme in ("redis", "rediss", "unix") and parts.port != 0 and "@" not in parts.query
     except ValueError:
-        return False
+        is_one = False
+    if not is_one:
+        return (
+            " is no URL of a Redis: they look like redis://:password@host:6379/0, rediss://… or unix:///path/to/socket"
+        )
+    if parts.scheme != "unix" and not re.fullmatch(r"(?:/\d*)?", parts.path):
+        return f": the path is the number of a database, as /0, and not {parts.path[:_SHOWN]!r}"
+    for name, value in parse_qsl(parts.query, keep_blank_values=True):
+        if wrong := _wrong_option(parts.scheme, name, value):
+            return f": {wrong}"
+    return None
+
+
+_DATABASE: Final = re.compile(r"\d+")
+#: Options of every URL of Redis, and those of `rediss://`; and the values that an option takes.
+_OPTIONS: Final = frozenset({"db", "username", "password"})
+_TLS_FILES: Final = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
+_TLS_CHOICES: Final = {
+    "ssl_cert_reqs": "'required', 'optional' or 'none'",
+    "ssl_check_hostname": "'true' or 'false'",
+}
+_TLS: Final = _TLS_FILES | _TLS_CHOICES.keys()
+#: What ferrum gives each connection, so that a dead one costs no lease.
+_OURS: Final = re.compile(r"socket_\w+|timeout|health_check_interval|retry_on_\w+")
+#: Characters of a value that are shown.
+_SHOWN: Final = 80
+
+
+def _wrong_option(scheme: str, name: str, value: str) -> str | None:
+    known = _OPTIONS | _TLS if scheme == "rediss" else _OPTIONS
+    shown, wrong = value[:_SHOWN], None
+    if name in _TLS - known:
+        wrong = f"{name!r} is for rediss://, which speaks TLS"
+    elif _OURS.fullmatch(name):
+        wrong = f"{name!r} is not for a URL: ferrum sets it itself, by FERRUM_LEASE"
+    elif name not in known:
+        wrong = f"there is no option {name[:_SHOWN]!r}{did_you_mean(name, known)}"
+    elif name == "db" and not _DATABASE.fullmatch(value):
+        wrong = f"'db' is the number of a database, as 0, and not {shown!r}"
+    elif name in _TLS_CHOICES and (not value or repr(value) not in _TLS_CHOICES[name]):
+        wrong = f"{name!r} is {_TLS_CHOICES[name]}, and not {shown!r}"
+    elif name in _TLS_FILES and not Path(value).exists():
+        wrong = f"{name!r}: there is no {shown!r}"
+    return wrong
 
 
 @cache

@@ -21,14 +21,14 @@ from celery.worker.consumer.control import Control
 from celery.worker.state import maybe_shutdown
 
 from ferrum.broker import renew, warn_of_others
-from ferrum.errors import NotFound, SettingsError, Unavailable
+from ferrum.errors import FerrumError, NotFound, SettingsError, Unavailable
 from ferrum.executor import Executor, Holds
 from ferrum.pulse import AWAY, Every
 from ferrum.record import Resend
 from ferrum.refusals import passes
 from ferrum.scripts import Outage, unavailable
 from ferrum.sending import send
-from ferrum.settings import Settings, settings
+from ferrum.settings import Settings, redact, settings
 from ferrum.steps import step_types
 
 log = logging.getLogger(__name__)
@@ -299,9 +299,16 @@ def _check(app: Celery, worker: Any) -> None:
         _check_settings(app)
         pool.check(worker)
     except SettingsError as error:
-        if click.get_current_context(silent=True) is None:
-            raise
-        raise click.ClickException(str(error)) from error
+        raise shown_by_celery(error) from None
+
+
+def shown_by_celery(error: FerrumError) -> BaseException:
+    """The end of the command `celery` with the error as its one sentence; elsewhere the error itself."""
+    context = click.get_current_context(silent=True)
+    if context is None or "celery" not in (context.find_root().info_name or ""):
+        return error
+    # Of any other exception Celery prints a traceback while it looks for the app.
+    return SystemExit(f"Error: {redact(str(error))}")
 
 
 def _check_settings(app: Celery) -> None:

@@ -276,7 +276,10 @@ def test_ferrum_redis_says_so_when_its_server_is_killed(tmp_path: Path) -> None:
         ("unix://me:p@/a%20b/r.sock", "redis+socket://me:p@/a%20b/r.sock?virtual_host=0"),
         ("redis://:p@host:6380/2", "redis://:p@host:6380/2"),
         ("redis://host?db=2", "redis://host/2"),
-        ("rediss://host/0?ssl_cert_reqs=required", "rediss://host/0?ssl_cert_reqs=required"),
+        ("redis://host/0?username=me&password=p%40s%2Fs", "redis://me:p%40s%2Fs@host/0"),
+        ("unix:///run/r.sock?password=p&db=1", "redis+socket://:p@/run/r.sock?virtual_host=1"),
+        ("rediss://host/0", "rediss://host/0?ssl_cert_reqs=required"),
+        ("rediss://host/0?ssl_cert_reqs=none", "rediss://host/0?ssl_cert_reqs=none"),
     ],
 )
 def test_a_url_is_put_as_celery_reads_it(ours: str, celerys: str) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,7 +39,51 @@ def test_a_url_that_is_none_of_redis_is_refused_without_being_shown(variable: st
     assert "hunter22" not in str(raised.value)
 
 
-@pytest.mark.parametrize("url", ["redis://:pass@host:6379/0", "rediss://host", "unix://:pass@/run/redis.sock?db=1"])
+@pytest.mark.parametrize("variable", ["FERRUM_REDIS_URL", "REDIS_URL"])
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("redis://:hunter22@h/0?nonsense=1", r"there is no option 'nonsense' \(there is: db, password, username\)"),
+        ("redis://h/0?passwort=hunter22", r"there is no option 'passwort' \(did you mean 'password'\?\)"),
+        ("redis://:hunter22@h/0?db=x", "'db' is the number of a database, as 0, and not 'x'"),
+        ("redis://:hunter22@h/0?db=-1", "'db' is the number of a database, as 0, and not '-1'"),
+        ("redis://:hunter22@h/0?db=", "'db' is the number of a database, as 0, and not ''"),
+        ("redis://:hunter22@h/x", "the path is the number of a database, as /0, and not '/x'"),
+        ("redis://:hunter22@h/0/1", "the path is the number of a database, as /0, and not '/0/1'"),
+        (
+            "redis://h/0?password=hunter22&socket_timeout=abc",
+            "'socket_timeout' is not for a URL: ferrum sets it itself",
+        ),
+        ("redis://h/0?password=hunter22&socket_timeout=5", "'socket_timeout' is not for a URL: ferrum sets it itself"),
+        ("redis://:hunter22@h/0?ssl_cert_reqs=none", "'ssl_cert_reqs' is for rediss://, which speaks TLS"),
+        (
+            "rediss://:hunter22@h/0?ssl_cert_reqs=bad",
+            "'ssl_cert_reqs' is 'required', 'optional' or 'none', and not 'bad'",
+        ),
+        ("rediss://:hunter22@h/0?ssl_check_hostname=x", "'ssl_check_hostname' is 'true' or 'false', and not 'x'"),
+        ("rediss://:hunter22@h/0?ssl_ca_certs=/no/such/ca.pem", "'ssl_ca_certs': there is no '/no/such/ca.pem'"),
+    ],
+)
+def test_an_option_of_a_url_that_redis_or_celery_would_choke_on_is_told(variable: str, url: str, said: str) -> None:
+    with pytest.raises(SettingsError, match=rf"^FERRUM_REDIS_URL \(or REDIS_URL\): {said}") as raised:
+        read({variable: url})
+    assert "hunter22" not in str(raised.value)
+
+
+@pytest.mark.parametrize("url", ["redis://:1?hunter22=4@host/0", "redis://host?/hunter22@"])
+def test_a_password_with_a_question_mark_is_not_taken_for_options(url: str) -> None:
+    with pytest.raises(SettingsError, match=r"FERRUM_REDIS_URL \(or REDIS_URL\) is no URL of a Redis") as raised:
+        read({"FERRUM_REDIS_URL": url})
+    assert "hunter22" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:pass@host:6379/0", "rediss://host", "unix://:pass@/run/redis.sock?db=1", "redis://host/?db=3",
+        "redis://host?username=me&password=pass", "rediss://host?ssl_cert_reqs=none&ssl_check_hostname=false",
+    ],
+)  # fmt: skip
 def test_the_urls_of_redis_are_taken(url: str) -> None:
     settings = read({"FERRUM_REDIS_URL": url})
     assert settings.redis_url is not None
@@ -85,3 +133,17 @@ def test_a_port_that_a_person_wrote_is_not_taken_for_a_service() -> None:
 
 def test_ferrums_own_tool_chain_is_no_mistake() -> None:
     assert unknown({"FERRUM_REQUIRE_SANDBOX": "1", "FERRUM_TEST_SIZE": "10"}) == []
+
+
+@pytest.mark.parametrize("command", [["worker"], ["beat"], ["inspect", "ping"]])
+def test_celery_says_what_is_wrong_with_a_url_in_one_sentence(command: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "ferrum", *command],
+        env={"PATH": os.environ["PATH"], "FERRUM_REDIS_URL": "redis://:hunter22@127.0.0.1:1/0?nonsense=1"},
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert done.returncode == 1
+    assert "FERRUM_REDIS_URL (or REDIS_URL): there is no option 'nonsense'" in said
+    assert "Traceback" not in said
+    assert "hunter22" not in said

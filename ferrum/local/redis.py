@@ -27,7 +27,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType, TracebackType
 from typing import Self
-from urllib.parse import parse_qs, quote, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit, urlunsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -263,18 +263,23 @@ def celery_url(url: str) -> str:
     """A redis-py URL as Celery wants it, for its broker and its result backend alike.
 
     `unix:///path?db=2` becomes `redis+socket:///path?virtual_host=2`. In `redis://` and `rediss://` the database moves
-    from `?db=` into the path, where both look for it; all else stays.
+    from `?db=` into the path, and a user and a password before the host, where both look for them. Certificates are
+    checked unless it is said that they are not; Celery refuses to have that unsaid.
     """
     parts = urlsplit(url)
     query = parse_qs(parts.query)
+    user, _, password = parts.netloc.rpartition("@")[0].partition(":")
+    user = quote(query.pop("username", [unquote(user)])[0], safe="")
+    password = quote(query.pop("password", [unquote(password)])[0], safe="")
+    credentials = f"{user}:{password}@" if user or password else ""
+    db = query.pop("db", None)
     if parts.scheme == "unix":
-        user, _, password = parts.netloc.rpartition("@")[0].partition(":")
-        user, password = query.get("username", [user])[0], query.get("password", [password])[0]
-        credentials = f"{user}:{password}@" if password else ""
-        return f"redis+socket://{credentials}{parts.path}?virtual_host={query.get('db', ['0'])[0]}"
-    if db := query.pop("db", None):
-        return urlunsplit(parts._replace(path=f"/{db[0]}", query=urlencode(query, doseq=True)))
-    return url
+        return f"redis+socket://{credentials}{parts.path}?virtual_host={db[0] if db else 0}"
+    if parts.scheme == "rediss":
+        query.setdefault("ssl_cert_reqs", ["required"])
+    netloc = f"{credentials}{parts.netloc.rpartition('@')[2]}"
+    path = f"/{db[0]}" if db else parts.path
+    return urlunsplit(parts._replace(netloc=netloc, path=path, query=urlencode(query, doseq=True)))
 
 
 def running(home: Path) -> str | None:
