@@ -21,6 +21,9 @@ HERE = Path(__file__).parent / "preloaded"
 _SOCKET = "PRELOADED_SOCKET"
 _COVERAGE = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
 
+#: For a pytest that is a fork, where warnings are errors: what it has is not rewritten as its plugins are elsewhere.
+AS_FORK = {"PYTEST_ADDOPTS": "-W ignore::pytest.PytestAssertRewriteWarning"}
+
 
 class Server:
     """The one that forks; it ends, with all its forks, when the process that started it does."""

@@ -25,7 +25,7 @@ import pytest
 import redis
 import yaml
 from fleet import PATIENCE_S, Fleet, ended, eventually
-from preloading import into
+from preloading import AS_FORK, into
 
 import ferrum
 from ferrum.errors import WorkflowError
@@ -227,7 +227,7 @@ class Story:
         process = subprocess.Popen(
             command,
             cwd=self.home,
-            env=into(self.environ, "-c"),
+            env=into({**self.environ, **AS_FORK}, "-c", "pytest"),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

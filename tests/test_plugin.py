@@ -12,6 +12,7 @@ from pathlib import Path
 import processes
 import pytest
 from fleet import PATIENCE_S, eventually
+from preloading import AS_FORK, into
 
 _MY_TASKS = """
 import os, time
@@ -78,7 +79,7 @@ def ferrum_imports():
     return ["my_tasks"]
 """
 
-#: Saves a second of start where pytest-celery's own fixtures have no say.
+#: Saves a second of start, of what is no fork, where pytest-celery's own fixtures have no say.
 _LEAN = ("-p", "no:celery")
 
 #: A machine whose settings must reach no test.
@@ -106,14 +107,18 @@ class Project:
     def write(self, name: str, text: str) -> None:
         (self.home / name).write_text(text, encoding="utf-8")
 
-    def pytest(self, *options: str, passes: int, **environ: str) -> str:
-        """What pytest prints of all tests here, once it has been seen that so many passed and none failed."""
+    def pytest(self, *options: str, passes: int, forked: bool = True, **environ: str) -> str:
+        """What pytest prints of all tests here, once it has been seen that so many passed and none failed.
+
+        Unless `forked` is false it, and what it starts, are forks of a process that has imported everything.
+        """
         machine = {name: value for name, value in os.environ.items() if not name.startswith(("FERRUM_", "PYTEST_"))}
+        # By its directory, whatever it starts is known for what it is.
+        told = {**machine, **environ, "PYTHONPATH": str(self.home)}
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "--basetemp", str(self.home / "base"), *options],
             cwd=self.home,
-            # By its directory, whatever it starts is known for what it is.
-            env={**machine, **environ, "PYTHONPATH": str(self.home)},
+            env=into({**told, **AS_FORK}, "pytest", "-c") if forked else told,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -324,6 +329,8 @@ def test_it(ferrum_redis, ferrum_worker):
 
 
 def test_the_step_of_a_worker_that_is_killed_goes_on_in_another(project: Project) -> None:
+    # Its workers start by themselves: a fork has another process before it, which would be killed in its place.
+    project.write("conftest.py", _CONFTEST + "import os; os.environ.pop('PRELOADED_SOCKET', None)\n")
     project.write(
         "test_kill.py",
         """
@@ -395,4 +402,4 @@ def test_it(pytestconfig):
 """,
     )
     # Plugins that are not ours import what they like.
-    project.pytest(*_LEAN, "-p", "no:valkey", passes=1)
+    project.pytest(*_LEAN, "-p", "no:valkey", passes=1, forked=False)

@@ -7,9 +7,11 @@ Listens at once and imports with the first that asks. Ends, with all its forks, 
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import gc
 import importlib
+import inspect
 import io
 import locale
 import marshal
@@ -27,6 +29,7 @@ import types
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,7 +45,10 @@ _SLOW = (
     "ferrum.mcp.servers.git", "ferrum.mcp.servers.sandbox", "ferrum.models.calls", "ferrum.models.embeddings",
     "ferrum.primitives", "ferrum.retrieval.indexes", "ferrum.retrieval.sqlite", "ferrum.runs", "ferrum.schedules",
     "ferrum.sandbox.bubblewrap", "ferrum.sandbox.pool", "ferrum.testing.effects_server", "ferrum.testing.model_server",
-    "ferrum.local.supervisor", "ferrum.follow", "ferrum.worker", "ferrum.executor",
+    "ferrum.local.supervisor", "ferrum.follow", "ferrum.worker", "ferrum.executor", "ferrum.exports", "ferrum.pool",
+    "ferrum.remote", "ferrum.retrieval.grading", "celery.app.control", "celery.app.events", "celery.app.log",
+    "celery.concurrency.solo", "celery.contrib.testing.worker", "celery.worker.consumer.delayed_delivery",
+    "xdist.dsession", "xdist.remote", "xdist.scheduler",
 )  # fmt: skip
 
 #: How long one that has connected may take to ask.
@@ -57,17 +63,49 @@ def _load(environ: Mapping[str, str]) -> None:
 
             # Each fork begins its own measurement with this one's settings.
             coverage.process_startup(slug="preloaded")
-    # As ferrum sets them before it imports litellm.
-    os.environ.update(LITELLM_LOCAL_MODEL_COST_MAP="True", LITELLM_MODE="PRODUCTION")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in _SLOW:
+        _call_a_model()
+        for name in (*_SLOW, *_pytest()):
             # Some belong to extras.
             with suppress(ImportError):
                 importlib.import_module(name)
+        # Of files beside the package, which are in no list of modules.
+        importlib.import_module("ferrum.steps").step_types()
+    # coverage.py asks for it in each fork; the first time, that looks up the file of each module that there is.
+    inspect.stack()
     assert threading.active_count() == 1, threading.enumerate()
     gc.collect()
     gc.freeze()
+
+
+def _call_a_model() -> None:
+    """The first call costs half a second more than the next ones, after the two and more of litellm's import."""
+    from ferrum.governance.acts import ModelCall
+    from ferrum.models import calls
+    from ferrum.testing.environment import environment
+    from ferrum.testing.model_server import ModelServer
+
+    async def call(**more: Any) -> None:
+        message = {"role": "user", "content": "Hello"}
+        await calls.complete(ModelCall.model_validate({"model": "openai/scripted", "messages": [message], **more}))
+
+    async def first_calls() -> None:
+        await call()
+        await calls.aclose()
+
+    with ModelServer("Hello") as server, environment({**calls._ENVIRONMENT, **server.environ}):
+        asyncio.run(first_calls())
+    # It reads the environment, and each fork has its own.
+    calls._litellm.cache_clear()
+
+
+def _pytest() -> list[str]:
+    """Its own plugins, and those that are installed."""
+    from _pytest.config import default_plugins
+
+    theirs = [one.module for one in entry_points(group="pytest11")]
+    return ["pytest", "hypothesis", "pdb", *(f"_pytest.{name}" for name in default_plugins), *theirs]
 
 
 class Server:
