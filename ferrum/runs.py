@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from os import PathLike
@@ -94,9 +96,10 @@ def record() -> Record:
     return Record(redis_url(), patience_s=_PATIENCE_S)
 
 
-def _waiting() -> Record:
+def _waiting(timeout_s: float | None = None) -> Record:
     """The same, for whoever waits anyway: a failover takes longer than one wants to wait for an answer."""
-    return record().with_patience(_WAITING_PATIENCE_S)
+    until = math.inf if timeout_s is None else time.monotonic() + timeout_s
+    return record().with_patience(_WAITING_PATIENCE_S, until)
 
 
 def submit(
@@ -130,9 +133,9 @@ def wait(run_id: str, *, timeout_s: float | None = None) -> JsonValue:
     """The outputs of a run, once it has completed.
 
     Raises `RunFailed` when it ended otherwise, `TimeoutError` after `timeout_s`, `NotFound`, also when its data are
-    removed meanwhile, and `Unavailable` when Redis is away for a minute.
+    removed meanwhile, and `Unavailable` when Redis is away for a minute, or at the end of `timeout_s`.
     """
-    end = _waiting().ending(run_id, timeout_s)
+    end = _waiting(timeout_s).ending(run_id, timeout_s)
     if end is None:
         raise TimeoutError(f"run {run_id!r} has not ended after {timeout_s:g} s")
     if end.status is not RunStatus.COMPLETED:

@@ -7,6 +7,7 @@ asked again; that is what makes it right to be patient.
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -85,14 +86,18 @@ def script(folder: str, name: str) -> tuple[str, str]:
 class Scripts:
     """The scripts of one folder, through one Redis client. Safe to share between threads."""
 
-    def __init__(self, client: redis.Redis, patience_s: float = 5.0, *, folder: str = "shared") -> None:
-        """`client` decodes responses. `patience_s`: how long a call outlasts a Redis that is away.
+    def __init__(
+        self, client: redis.Redis, patience_s: float = 5.0, *, folder: str = "shared", until: float = math.inf
+    ) -> None:
+        """`client` decodes responses. `patience_s`: how long a call outlasts a Redis that is away, but not beyond
+        `until`, of `time.monotonic`.
 
         A script `room/name` is `ferrum/lua/<folder>/room/name.lua`, with the `lib.lua` of the folder and that of the
         room, where there is one, put before it.
         """
         self._redis = client
         self._patience_s = patience_s
+        self._until = until
         self._folder = folder
         self._let_in = False
 
@@ -134,7 +139,7 @@ class Scripts:
         A user that Redis does not let in is told at once; one that it knew before is waited for, as a password that is
         being changed is no reason to lose what was done.
         """
-        deadline = time.monotonic() + self._patience_s
+        deadline = min(time.monotonic() + self._patience_s, self._until)
         while True:
             try:
                 answer = call()
@@ -208,15 +213,15 @@ class Connection:
         self._folder = folder
         self._set_patience(patience_s)
 
-    def _set_patience(self, patience_s: float) -> None:
+    def _set_patience(self, patience_s: float, until: float = math.inf) -> None:
         self._patience_s = patience_s
-        self._scripts = Scripts(self._redis, patience_s, folder=self._folder)
+        self._scripts = Scripts(self._redis, patience_s, folder=self._folder, until=until)
         self._patiently = self._scripts.patiently
 
-    def with_patience(self, patience_s: float) -> Self:
-        """The same, through the same client, with another patience."""
+    def with_patience(self, patience_s: float, until: float = math.inf) -> Self:
+        """The same, through the same client, with another patience, which ends at `until` of `time.monotonic`."""
         other = copy(self)
-        other._set_patience(patience_s)
+        other._set_patience(patience_s, until)
         return other
 
     def scripts(self) -> Scripts:

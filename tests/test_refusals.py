@@ -257,3 +257,12 @@ def test_whoever_waits_for_a_run_outlasts_a_failover(worker: Fleet, client: redi
         with REFUSALS["MASTERDOWN"](client):
             time.sleep(4)
         assert waiting.result() is None
+
+
+def test_whoever_waits_for_a_run_with_a_limit_waits_no_longer_for_redis(
+    clean_redis: str, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ferrum.runs, "_WAITING_PATIENCE_S", 10 * PATIENCE_S)
+    run_id = ferrum.submit({"name": "x", "steps": {"a": {"type": "approval", "message": "go on?"}}})
+    with REFUSALS["MASTERDOWN"](client), pytest.raises(Unavailable):
+        ferrum.wait(run_id, timeout_s=0.5)
