@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import redis
-from preloading import Forked, into
+from preloading import Forked, forked
 
 import ferrum.runs
 from ferrum.governance.budget import counters
@@ -122,8 +122,7 @@ def status_of(run_id: str) -> RunStatus:
 
 def effects(log: Path) -> str:
     """`FERRUM_MCP_SERVERS` with one server, `effects`, whose tools leave their traces in `log`."""
-    forked = {name: value for name, value in into({}).items() if name.startswith("P")}
-    server = {"module": "ferrum.testing.effects_server", "args": ["--log", str(log)], "env": forked}
+    server = {"module": "ferrum.testing.effects_server", "args": ["--log", str(log)], "env": forked()}
     return json.dumps({"mcpServers": {"effects": server}})
 
 

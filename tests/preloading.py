@@ -56,6 +56,11 @@ def into(environ: Mapping[str, str], *also: str) -> dict[str, str]:
     return {**kept, **aside, _SOCKET: path, "PRELOADED_ALSO": " ".join(also), "PYTHONPATH": python_path}
 
 
+def forked(*also: str) -> dict[str, str]:
+    """All that a process without any other environment needs to be a fork, if it is ferrum's, Celery's or in `also`."""
+    return {name: value for name, value in into({}, *also).items() if name.startswith("P")}
+
+
 class Forked:
     """What `subprocess.Popen` would be for `python COMMAND…`, as far as tests of ferrum ask it."""
 

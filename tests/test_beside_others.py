@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import redis
 from fleet import PATIENCE_S, Fleet, eventually
+from preloading import into
 from test_broker import config
 
 from ferrum.local.redis import celery_url
@@ -33,7 +34,7 @@ def theirs(environ: dict[str, str], tmp_path: Path) -> Iterator[subprocess.Popen
     with log.open("wb") as out:
         worker = subprocess.Popen(
             [sys.executable, "-m", "celery", "-A", "their_app", "worker", *options],
-            env=environ, cwd=tmp_path, stdout=out, stderr=out,
+            env=into(environ), cwd=tmp_path, stdout=out, stderr=out,
         )  # fmt: skip
     try:
         eventually(lambda: b" ready." in log.read_bytes())
@@ -55,7 +56,8 @@ def test_the_messages_of_another_app_on_the_same_database_are_its_own(
             "long.apply_async((sys.argv[1], 3))\n"
             "long.apply_async((sys.argv[1], 0), countdown=3)\n"
         )
-        subprocess.run([sys.executable, "-c", code, str(log)], env=environ, check=True, timeout=PATIENCE_S)
+        command = [sys.executable, "-c", code, str(log)]
+        subprocess.run(command, env=into(environ, "-c"), check=True, timeout=PATIENCE_S)
         with redis.Redis.from_url(redis_url) as client:
             eventually(lambda: client.hlen("unacked") == 2)
             # They hold both for three times as long as ferrum lets messages lie, which it looks for all the time.
@@ -75,7 +77,7 @@ def test_remote_control_reaches_the_workers_of_its_own_app_only(
         fleet.start("-n", "ours@here")
         for app, name in (("their_app", "theirs@here"), ("ferrum", "ours@here")):
             command = [sys.executable, "-W", "ignore", "-m", "celery", "-A", app, "inspect", "ping", "--json"]
-            assert eventually(partial(_asked, command, {**fleet.environ, **environ})) == {name: {"ok": "pong"}}
+            assert eventually(partial(_asked, command, into({**fleet.environ, **environ}))) == {name: {"ok": "pong"}}
     finally:
         fleet.stop()
 

@@ -51,7 +51,7 @@ def test_without_a_terminal_the_demo_says_yes_by_itself_and_keeps_the_summary(ch
     more = {"FERRUM_REDIS_URL": "redis://127.0.0.1:1/0", "FERRUM_POLICY": "/nowhere"}
     done = subprocess.run(
         command(checkout),
-        env=into(environ() | more),
+        env=into(environ() | more, "demo.py"),
         cwd="/",
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -79,13 +79,13 @@ def test_without_a_terminal_the_demo_says_yes_by_itself_and_keeps_the_summary(ch
 class Terminal:
     """A demo with a person before it."""
 
-    def __init__(self, checkout: Path) -> None:
+    def __init__(self, checkout: Path, *also: str) -> None:
         self._ours, theirs = pty.openpty()
         self.said = ""
         # A session of its own with this terminal, so that what is typed as Ctrl-C is one.
         self.demo = subprocess.Popen(
             [sys.executable, "-c", _WITH_TERMINAL, *command(checkout)],
-            env=into(environ() | {"TERM": "dumb", "USER": "kim"}),
+            env=into(environ() | {"TERM": "dumb", "USER": "kim"}, *also),
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
@@ -131,8 +131,9 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 
 @contextmanager
-def terminal(checkout: Path) -> Iterator[Terminal]:
-    opened = Terminal(checkout)
+def terminal(checkout: Path, *also: str) -> Iterator[Terminal]:
+    """`also` names what else is a fork, which hears of no key that is pressed but by way of another process."""
+    opened = Terminal(checkout, *also)
     try:
         yield opened
     finally:
@@ -140,7 +141,7 @@ def terminal(checkout: Path) -> Iterator[Terminal]:
 
 
 def test_the_person_at_the_terminal_is_asked_and_says_yes(checkout: Path) -> None:
-    with terminal(checkout) as demo:
+    with terminal(checkout, "demo.py") as demo:
         demo.read_until("yes? [Y/n]")
         assert "# What happened here" in demo.said
         demo.type("y\n")
@@ -150,7 +151,7 @@ def test_the_person_at_the_terminal_is_asked_and_says_yes(checkout: Path) -> Non
 
 
 def test_after_a_no_nothing_is_kept(checkout: Path) -> None:
-    with terminal(checkout) as demo:
+    with terminal(checkout, "demo.py") as demo:
         demo.read_until("yes? [Y/n]")
         demo.type("n\n")
         assert demo.end() == 0

@@ -220,6 +220,8 @@ class Story:
         if "RUN_ID" in text:
             asked = eventually(ferrum.approvals)[0]
             text = text.replace("RUN_ID", asked.run_id).replace("DIGEST", asked.digest[:16])
+        # Else what it starts would be no forks.
+        text = text.replace("PYTHONPATH=examples", "PYTHONPATH=examples:$PYTHONPATH")
         if block.language == "python":
             command = [sys.executable, "-W", "error", "-c", text]
         else:

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fleet import PATIENCE_S
+from preloading import forked
 from pydantic import JsonValue
 
 from ferrum.errors import ToolError
@@ -137,15 +138,16 @@ asyncio.run(main())
 """
 
 
-def _effects(log: Path) -> ServerSpec:
-    text = json.dumps({"fx": {"module": "ferrum.testing.effects_server", "args": ["--log", str(log)]}})
-    return load_servers(Settings(mcp_servers=text), {})["fx"]
+def _effects(log: Path, *, env: Mapping[str, str] | None = None) -> ServerSpec:
+    server = {"module": "ferrum.testing.effects_server", "args": ["--log", str(log)]}
+    environ = dict(forked() if env is None else env)
+    return load_servers(Settings(mcp_servers=json.dumps({"fx": {**server, "env": environ}})), {})["fx"]
 
 
 def _odd(directory: Path) -> ServerSpec:
     script = directory / "odd_server.py"
     script.write_text(_ODD_SERVER)
-    return ServerSpec("python", (str(script),), cwd=directory)
+    return ServerSpec("python", (str(script),), cwd=directory, env=forked(script.name))
 
 
 @asynccontextmanager
@@ -220,7 +222,7 @@ def test_a_result_is_held_against_its_tools_schema_in_linear_time(tmp_path: Path
         return str(caught.value)
 
     async def story() -> None:
-        async with _router(liar=ServerSpec("python", (str(script),), cwd=tmp_path)) as router:
+        async with _router(liar=ServerSpec("python", (str(script),), cwd=tmp_path, env=forked(script.name))) as router:
             assert "breaks the tool's output schema at $.text" in await refused(router, "slow")
             assert await _call(router, "liar.fitting") == {"text": "a" * 5000}
             # A pattern that cannot be looked for in linear time is the server's own matter.
@@ -409,7 +411,7 @@ def test_a_server_gets_path_and_what_its_spec_says_and_nothing_else(
     monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789")
 
     async def story() -> JsonValue:
-        spec = _effects(tmp_path / "log")
+        spec = _effects(tmp_path / "log", env={})
         async with _router(fx=replace(spec, env={**spec.env, "LC_ALL": "C.UTF-8", "MINE": "1"})) as router:
             return await _call(router, "fx.environment")
 
