@@ -19,7 +19,7 @@ import math
 import random
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from queue import Empty
 from typing import Any, Final
@@ -36,7 +36,7 @@ from redis.retry import Retry
 
 from ferrum import messages
 from ferrum.dead_letters import SAMPLE, bury
-from ferrum.refusals import hurried, patient
+from ferrum.refusals import hurried, misplaced, patient
 from ferrum.scripts import CONNECT_TIMEOUT_S, timeout_of
 from ferrum.settings import settings
 from ferrum.steps import step_types
@@ -57,8 +57,17 @@ _RECONNECT_EVERY_S: Final = 1.0
 #: Takes the first message of the first list that has one, and notes it. KEYS: unacked, index, lists in their order.
 #: ARGV: a digit for each queue, 0 where messages are not acknowledged, or nothing where all are; the tag; the most
 #: bytes of a message; of what is longer, so many are handed out.
-#: Returns the list, the text, its bytes, and a key that is no list, where there is one: '' for what there is not.
+#: Returns the list, the text, its bytes, and a key that is not of its kind, where there is one: '' for what there is
+#: not. Nothing is taken where it could not be noted: a script that fails has done what it did before.
 _TAKE: Final = """
+local kinds = {'hash', 'zset'}
+for at = 1, 2 do
+  local kind = redis.call('TYPE', KEYS[at]).ok
+  if kind ~= kinds[at] and kind ~= 'none' then
+    redis.call('EXISTS', unpack(KEYS))
+    return {'', '', 0, KEYS[at]}
+  end
+end
 local function pop(lists)
   if #lists == 0 then return false end
   local command = {#lists, unpack(lists)}
@@ -104,9 +113,17 @@ end
 return {list, text, bytes, wrong}
 """
 
+#: Of the scripts below: what stands in place of a key and is not of its kind holds no message, and is left alone.
+_OF_KIND: Final = """
+local function is(key, kind) return redis.call('TYPE', key).ok == kind end
+"""
+
 #: Puts a message back. KEYS: unacked, index, list. ARGV: tag, text, RPUSH for the front of the list and LPUSH for its
 #: end, and for how many seconds nobody may have renewed it, or nothing.
-_PUT_BACK: Final = """
+_PUT_BACK: Final = (
+    _OF_KIND
+    + """
+if not is(KEYS[1], 'hash') or not is(KEYS[2], 'zset') then return 0 end
 if ARGV[4] ~= '' then
   local since = redis.call('ZSCORE', KEYS[2], ARGV[1])
   if since and tonumber(since) > redis.call('TIME')[1] - ARGV[4] then return 0 end
@@ -116,24 +133,44 @@ if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
 redis.call(ARGV[3], KEYS[3], ARGV[2])
 return 1
 """
+)
 
 #: Forgets messages. KEYS: unacked, index. ARGV: tag.
-_FORGET: Final = """
-redis.call('ZREM', KEYS[2], ARGV[1])
-return redis.call('HDEL', KEYS[1], ARGV[1])
+_FORGET: Final = (
+    _OF_KIND
+    + """
+if is(KEYS[2], 'zset') then redis.call('ZREM', KEYS[2], ARGV[1]) end
+return is(KEYS[1], 'hash') and redis.call('HDEL', KEYS[1], ARGV[1]) or 0
 """
+)
+
+#: The list and the text of a message. KEYS: unacked. ARGV: tag.
+_NOTED: Final = (
+    _OF_KIND
+    + """
+return is(KEYS[1], 'hash') and redis.call('HGET', KEYS[1], ARGV[1])
+"""
+)
 
 #: Tags that nobody has renewed for so long. KEYS: index. ARGV: seconds, how many at most.
-_DUE: Final = """
+_DUE: Final = (
+    _OF_KIND
+    + """
+if not is(KEYS[1], 'zset') then return {} end
 local before = redis.call('TIME')[1] - ARGV[1]
 return redis.call('ZRANGE', KEYS[1], '-inf', before, 'BYSCORE', 'LIMIT', 0, ARGV[2])
 """
+)
 
 #: Keeps messages from being given to another. KEYS: index. ARGV: tags.
-RENEW: Final = """
+RENEW: Final = (
+    _OF_KIND
+    + """
+if not is(KEYS[1], 'zset') then return end
 local now = redis.call('TIME')[1]
 for _, tag in ipairs(ARGV) do redis.call('ZADD', KEYS[1], 'XX', now, tag) end
 """
+)
 
 _TAKE_SHA: Final = hashlib.sha1(_TAKE.encode(), usedforsecurity=False).hexdigest()
 
@@ -226,8 +263,7 @@ class QoS(kombu_redis.QoS):  # type: ignore[misc] # kombu is untyped
         self, tag: str, client: Any = None, leftmost: bool = False, *, idle_s: float | None = None
     ) -> bool:
         """Put a message back: to the front of its list, or with `leftmost` to the end. False where it was not there."""
-        with self.channel.conn_or_acquire(client) as asked:
-            noted = asked.hget(self.unacked_key, tag)
+        noted = self.channel.run(_NOTED, [self.unacked_key], [tag])
         listed = None if noted is None else _list_of(noted)
         if not listed:
             # It would hold up all that is due behind it.
@@ -372,13 +408,13 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
                 return self._take(*answer)
             elif self._tag is not None:
                 if answer is not None:
-                    self._say_no_list(answer[3])
+                    self._say_misplaced(answer[3])
                 self._begin_to_wait(connection)
             if not connection.can_read(timeout=0):
                 raise Empty
 
     def _take(self, listed: bytes, text: bytes, size: int, wrong: bytes) -> bool:
-        self._say_no_list(wrong)
+        self._say_misplaced(wrong)
         tag, self._tag = self._tag, None
         self._in_poll, self._send_script, self._woken, self._misses = None, False, False, 0
         self._flush_brpop_reauth()
@@ -387,14 +423,16 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
         self.connection.receive(self, taken_from, tag, text, size)
         return True
 
-    def _say_no_list(self, key: bytes) -> None:
+    def _say_misplaced(self, key: bytes) -> None:
         if not key or time.monotonic() < self._say_from:
             return
         self._say_from = time.monotonic() + _SAY_EVERY_S
-        log.error(
-            "%r is no list in Redis, so no message can be taken from it or sent to it: something else was written "
-            "there; look at it with TYPE, then remove it with DEL", key.decode(errors="replace"),
-        )  # fmt: skip
+        name = key.decode(errors="replace")
+        if name.removeprefix(self.global_keyprefix) in (self.unacked_key, self.unacked_index_key):
+            what = "where ferrum notes the messages that workers have taken, so none is taken"
+        else:
+            what = "and no list, so no message can be taken from it or sent to it"
+        log.error("%r in Redis is something else, %s; look at it with TYPE, then remove it with DEL", name, what)
 
     def queue_of(self, listed: str) -> str:
         """The queue that a list is a lane of."""
@@ -449,6 +487,24 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
         self._question = None
         return super().basic_consume(queue, no_ack, *args, **kwargs)
 
+    # A queue's name is all that a message of ours needs to find it. kombu writes down which are bound, as others need.
+
+    def _queue_bind(self, exchange: str, *args: Any, **kwargs: Any) -> None:
+        self._noting(partial(super()._queue_bind, exchange, *args, **kwargs), self.keyprefix_queue % (exchange,))
+
+    def _refresh_bindings(self, *args: Any, **kwargs: Any) -> None:
+        self._noting(partial(super()._refresh_bindings, *args, **kwargs), self.keyprefix_queue % ("…",))
+
+    def _noting(self, note: Callable[[], None], key: str) -> None:
+        try:
+            note()
+        except redis.exceptions.ResponseError as error:
+            if not misplaced(error):
+                raise
+            if time.monotonic() >= self._say_from:
+                self._say_from = time.monotonic() + _SAY_EVERY_S
+                log.error("%r in Redis is something else, and no set of queues: look at it, and then DEL it", key)
+
     def _size(self, queue: str) -> int:
         # kombu asks when it declares a queue, and fails where something else stands in place of a list.
         with self.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
@@ -463,7 +519,7 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
         found = self.run(_TAKE, keys, ["0" if self._is_unkept(queue) else "", tag, *_LIMITS])
         self._maybe_update_queues_expire(self._create_client(), queue)
         if found:
-            self._say_no_list(found[3])
+            self._say_misplaced(found[3])
         if not found or not found[0]:
             raise Empty
         listed = found[0].decode().removeprefix(self.global_keyprefix)

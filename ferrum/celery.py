@@ -29,7 +29,7 @@ from ferrum.actors import LiveActors
 from ferrum.artifacts import Artifacts
 from ferrum.breaker import Breaking
 from ferrum.broker import BACKENDS, RENEW, UNACKED_INDEX, Broker
-from ferrum.errors import AuthorError, NotFound, SettingsError, Unavailable, did_you_mean
+from ferrum.errors import AuthorError, Misplaced, NotFound, SettingsError, Unavailable, did_you_mean
 from ferrum.executor import Executor, Outcome, Then
 from ferrum.governance.policy import load_policy
 from ferrum.local.redis import celery_url, running
@@ -235,6 +235,12 @@ class ReceivedStep(Received):
         return False
 
 
+def _later(error: Unavailable) -> Reject:
+    """The message goes back to its queue, and not at once: it would only ask faster for what is away."""
+    time.sleep(1)
+    return Reject(str(error), requeue=True)
+
+
 class StepTask(Task):  # type: ignore[misc] # Celery is untyped
     """One attempt at one step."""
 
@@ -254,9 +260,7 @@ class StepTask(Task):  # type: ignore[misc] # Celery is untyped
         try:
             outcome = process.executor().attempt(run_id, step_id, self._signature, self._tag())
         except Unavailable as error:
-            # Whatever is away, a message that comes straight back would only ask it faster.
-            time.sleep(1)
-            raise Reject(str(error), requeue=True) from error
+            raise _later(error) from error
         self._follow(outcome)
 
     def _follow(self, outcome: Outcome) -> None:
@@ -317,12 +321,12 @@ def run(self: Any, *given: object, **named: object) -> Any:
     if isinstance(wanted, str):
         return {"error": wanted}
     executor = process.executor()
-    if executor.record.is_revoked(self.request.id):
-        # By Celery, a worker knows what was revoked while it was up.
-        self.send_event("task-revoked", terminated=False, signum=None, expired=False)
-        self.backend.mark_as_revoked(self.request.id, reason="revoked", request=self.request)
-        raise Ignore
     try:
+        if executor.record.is_revoked(self.request.id):
+            # By Celery, a worker knows what was revoked while it was up.
+            self.send_event("task-revoked", terminated=False, signum=None, expired=False)
+            self.backend.mark_as_revoked(self.request.id, reason="revoked", request=self.request)
+            raise Ignore
         plan = Plan.of(wanted["workflow"])
         run_id = start(
             app, executor.record, executor.artifacts, plan, wanted.get("input") or {},
@@ -330,6 +334,8 @@ def run(self: Any, *given: object, **named: object) -> Any:
         )  # fmt: skip
     except AuthorError as error:
         return {"error": str(error)}
+    except Misplaced as error:
+        raise _later(error) from error
     return {"run_id": run_id}
 
 

@@ -18,6 +18,7 @@ FerrumError
 └── OperatorError             whoever runs ferrum
     ├── SettingsError         the environment, a policy file, a servers file
     └── Unavailable           Redis, the artifact store: not there, or not what was promised
+        └── Misplaced         something else stands in Redis in place of a key of ferrum's
 """
 
 from __future__ import annotations
@@ -156,6 +157,18 @@ class SettingsError(OperatorError):
 
 class Unavailable(OperatorError):
     """Something ferrum stands on is not there, or not what it promised."""
+
+
+class Misplaced(Unavailable):
+    """Something else stands in Redis in place of a key of ferrum's."""
+
+    def __init__(self, key: str, kind: str) -> None:
+        super().__init__(key, kind)
+        self.key = key
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return f"{self.key!r} in Redis is a {self.kind}, which ferrum did not write: look at it, and then DEL it"
 
 
 def words(error: BaseException) -> str:

@@ -39,11 +39,13 @@ from zlib import crc32
 
 from pydantic import JsonValue
 from redis.client import Pipeline
+from redis.exceptions import ResponseError
 from ulid import ULID
 
-from ferrum.errors import Conflict, NotFound, did_you_mean
+from ferrum.errors import Conflict, Misplaced, NotFound, did_you_mean
 from ferrum.events import Event, RunCreated, RunEnded, RunState, StepWaiting, fold, read
 from ferrum.governance.budget import counters
+from ferrum.refusals import misplaced
 from ferrum.results import RunStatus, StepStatus, Usage
 from ferrum.scripts import BLOCK_S, TIMEOUT_S, Connection, Scripts, us
 from ferrum.untrusted import Marks
@@ -734,7 +736,7 @@ class Record(Connection):
         pipe = self._redis.pipeline(transaction=False)
         pipe.time()
         pipe.zrange(_DIED, -_DEATHS, -1, withscores=True)
-        clock, deaths = pipe.execute()
+        clock, deaths = _known(pipe.execute(raise_on_error=False))
         rule = {
             "few": POISON, "many": MAX_LOST, "within": round(POISON_WITHIN_S * 1000),
             "deaths": [[worker, round(at)] for worker, at in deaths],
@@ -743,7 +745,8 @@ class Record(Connection):
             "", int(reap), round(resend_after_s * 1000), _dumps(rule), SWEEP_BATCH, *names,
         ]  # fmt: skip
         # Not patiently: when Redis was away, whose leases ran out is to be thought over first.
-        replies = Scripts(self._redis, 0, folder="").eval_each("sweep", _PARTITIONS, *arguments)
+        answers = Scripts(self._redis, 0, folder="").eval_each("sweep", _PARTITIONS, *arguments, pass_over=True)
+        replies = [reply for reply in _known(answers) if reply]
         self._note_deaths({name for reply in replies for name in reply[2]}, int(clock[0]) * 1000)
         waits = [int(reply[1]) / 1000 for reply in replies if reply[1] != ""]
         return Swept(tuple(one for reply in replies for one in _sends(reply[0])), min(waits, default=None))
@@ -755,11 +758,11 @@ class Record(Connection):
             pipe.zadd(_DIED, dict.fromkeys(workers, now_ms), nx=True)
             pipe.zremrangebyrank(_DIED, 0, -_DEATHS - 1)
             pipe.expire(_DIED, round(2 * POISON_WITHIN_S))
-            pipe.execute()
+            _known(pipe.execute(raise_on_error=False))
 
     def holding(self) -> list[Holding]:
         """What steps that wait for their parts hold of all that runs share; those that have ended are told once."""
-        replies = Scripts(self._redis, 0, folder="").eval_each("holding", _PARTITIONS, "")
+        replies = _known(Scripts(self._redis, 0, folder="").eval_each("holding", _PARTITIONS, "", pass_over=True))
         return [
             Holding(flat[i], flat[i + 1], flat[i + 2], flat[i + 3], flat[i + 4] == "1")
             for flat in replies
@@ -772,6 +775,20 @@ class Record(Connection):
         scripts = Scripts(self._redis, 0)
         return bool(scripts.eval("workers/alone", f"ferrum:lock:{name}", "", holder, us(for_s)))
 
+    def misplaced(self) -> list[Misplaced]:
+        """Keys of all runs, and of all runs of a partition, in whose place something else stands in Redis."""
+        kinds = {_WORKERS: "zset", _REVOKED: "zset", _DIED: "zset"}
+        for name, kind in (("leases", "zset"), ("timers", "zset"), ("marks", "hash"), ("holding", "set")):
+            kinds |= {f"{base}:{name}": kind for base in _PARTITIONS}
+        pipe = self._redis.pipeline(transaction=False)
+        for key in kinds:
+            pipe.type(key)
+        return [
+            Misplaced(key, str(kind))
+            for (key, right), kind in zip(kinds.items(), pipe.execute(), strict=True)
+            if kind not in (right, "none")
+        ]
+
     def beat(self, worker: str, for_s: float) -> None:
         """This worker is alive, for so long by the clock of Redis."""
         Scripts(self._redis, 0).eval("workers/beat", _WORKERS, "", worker, us(for_s))
@@ -781,17 +798,31 @@ class Record(Connection):
         key, mine = "ferrum:artifact-store", _dumps({"id": identity, "url": url})
         if self._patiently(lambda: self._redis.set(key, mine, nx=True)):
             return None
-        kept = json.loads(str(self._patiently(lambda: self._redis.get(key)) or mine))
-        if kept["id"] == identity:
+        kept = self._kept_store(key)
+        if kept is not None and kept["id"] == identity:
             return None
-        if any(name != worker for name in self.workers()):
+        if kept is not None and any(name != worker for name in self.workers()):
             return str(kept["url"])
         # Nobody uses the other one any more.
         self._patiently(lambda: self._redis.set(key, mine))
         return None
 
+    def _kept_store(self, key: str) -> dict[str, str] | None:
+        """The store that is noted; `None` for what no worker wrote."""
+        try:
+            kept = json.loads(str(self._patiently(lambda: self._redis.get(key))))
+        except (ValueError, ResponseError) as error:
+            if isinstance(error, ResponseError) and not misplaced(error):
+                raise
+            return None
+        return kept if isinstance(kept, dict) and kept.keys() == {"id", "url"} else None
+
     def gone(self, worker: str) -> None:
-        self._redis.zrem(_WORKERS, worker)
+        try:
+            self._redis.zrem(_WORKERS, worker)
+        except ResponseError as error:
+            if not misplaced(error):
+                raise
 
     def workers(self) -> list[str]:
         """The workers that are alive."""
@@ -1143,6 +1174,14 @@ def _who_is(state: str) -> str:
 
 def _ended(reply: list[Any]) -> Ended:
     return Ended(_sends(reply[2]), bool(reply[1]))
+
+
+def _known(answers: list[Any]) -> list[Any]:
+    """The answers of Redis, where an empty list stands for one of a key of another kind. Raises other errors."""
+    for answer in answers:
+        if isinstance(answer, Exception) and not misplaced(answer):
+            raise answer
+    return [[] if isinstance(answer, Exception) else answer for answer in answers]
 
 
 def _sends(flat: list[Any]) -> tuple[Resend, ...]:

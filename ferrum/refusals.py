@@ -80,6 +80,11 @@ def passes(error: BaseException) -> bool:
     return isinstance(error, away) or refusal(error) is not None
 
 
+def misplaced(error: object) -> bool:
+    """Whether a key is of another kind than it was asked for as."""
+    return isinstance(error, exceptions.ResponseError) and "WRONGTYPE" in str(error)
+
+
 def locked_out(error: BaseException) -> bool:
     """Whether Redis does not let this user in, or not do this: redis-py counts some of it as connection errors."""
     kinds = (exceptions.AuthenticationError, exceptions.AuthorizationError, exceptions.NoPermissionError)

@@ -23,8 +23,8 @@ from redis.backoff import NoBackoff
 from redis.client import Pipeline
 from redis.retry import Retry
 
-from ferrum.errors import Unavailable
-from ferrum.refusals import Refused, locked_out, passes, patient
+from ferrum.errors import Misplaced, Unavailable
+from ferrum.refusals import Refused, locked_out, misplaced, passes, patient
 
 #: How long an answer may take, and a connection. Under a lease, so that a connection that has gone silent is given up
 #: while there is time to renew it on another; over what a blocking read waits.
@@ -102,7 +102,7 @@ class Scripts:
         self._let_in = False
 
     def eval(self, name: str, key_base: str, *arguments: str | int) -> Any:
-        """What the script answers. Raises `Unavailable`."""
+        """What the script answers. Raises `Unavailable`; as `Misplaced` where the key is of another kind."""
         script = _script(self._folder, name)
 
         def once() -> Any:
@@ -111,10 +111,20 @@ class Scripts:
             except redis.exceptions.NoScriptError:
                 return self._redis.eval(script.text, 1, key_base, *arguments)
 
-        return self.patiently(once)
+        try:
+            return self.patiently(once)
+        except redis.exceptions.ResponseError as error:
+            if misplaced(error) and (kind := str(self.patiently(lambda: self._redis.type(key_base)))) != "none":
+                raise Misplaced(key_base, kind) from error
+            raise
 
-    def eval_each(self, name: str, key_bases: Sequence[str], *arguments: str | int) -> list[Any]:
-        """What the script answers for each of these bases, in one round trip. Raises `Unavailable`."""
+    def eval_each(
+        self, name: str, key_bases: Sequence[str], *arguments: str | int, pass_over: bool = False
+    ) -> list[Any]:
+        """What the script answers for each of these bases, in one round trip. Raises `Unavailable`.
+
+        With `pass_over`, the error of one that has a key of another kind is its answer.
+        """
         script = _script(self._folder, name)
 
         def once() -> list[Any]:
@@ -122,7 +132,11 @@ class Scripts:
             pipe = self._redis.pipeline(transaction=False)
             for key_base in key_bases:
                 pipe.evalsha(script.sha, 1, key_base, *arguments)
-            return pipe.execute()
+            answers = pipe.execute(raise_on_error=not pass_over)
+            for answer in answers:
+                if isinstance(answer, Exception) and not misplaced(answer):
+                    raise answer
+            return answers
 
         def known() -> list[Any]:
             try:

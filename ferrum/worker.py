@@ -21,7 +21,7 @@ from celery.worker.consumer.control import Control
 from celery.worker.state import maybe_shutdown
 
 from ferrum.broker import renew, warn_of_others
-from ferrum.errors import FerrumError, NotFound, SettingsError, Unavailable
+from ferrum.errors import FerrumError, Misplaced, NotFound, SettingsError, Unavailable
 from ferrum.executor import Executor, Holds
 from ferrum.pulse import AWAY, Every
 from ferrum.record import Resend
@@ -32,6 +32,9 @@ from ferrum.settings import Settings, redact, settings
 from ferrum.steps import step_types
 
 log = logging.getLogger(__name__)
+
+#: How often is looked for keys in whose place something else stands.
+_LOOK_EVERY_S = 10.0
 
 #: What a `celeryconfig` must not take away: without these, a killed worker loses steps.
 _NEEDED = {
@@ -66,6 +69,7 @@ class Sweeper:
         self._shared_from = 0.0
         self._answered_at = time.monotonic()
         self._idle_since = time.monotonic()
+        self._look_from = 0.0
         self._away = Outage(log, "this worker")
         self._every = Every("ferrum-sweeper", config.sweep, self.once)
 
@@ -121,6 +125,7 @@ class Sweeper:
     def once(self) -> None:
         try:
             self._beat()
+            self._say_misplaced()
             self._notice_a_standstill()
             if self._executor.record.alone("sweeper", self._executor.worker, max(2.0, 4 * self._config.sweep)):
                 self._sweep()
@@ -142,7 +147,16 @@ class Sweeper:
         self._answered_at = now
 
     def _beat(self) -> None:
-        self._executor.record.beat(self._executor.worker, for_s=max(5.0, 4 * self._config.sweep))
+        # Who is alive is not known then; runs go on.
+        with suppress(Misplaced):
+            self._executor.record.beat(self._executor.worker, for_s=max(5.0, 4 * self._config.sweep))
+
+    def _say_misplaced(self) -> None:
+        """Now and then: what stands there is passed over, and only a person can tell whose it is."""
+        if (now := time.monotonic()) >= self._look_from:
+            self._look_from = now + _LOOK_EVERY_S
+            for wrong in self._executor.record.misplaced():
+                log.error("%s", wrong)
 
     def _sweep(self) -> None:
         record, now = self._executor.record, time.monotonic()

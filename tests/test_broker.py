@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import redis
-from fleet import PATIENCE_S, Fleet, eventually, lane
+from fleet import PATIENCE_S, Fleet, ended, eventually, lane
 from sizes import sized
 
 import celeryconfig
@@ -27,6 +27,8 @@ from ferrum.broker import UNACKED, UNACKED_INDEX, OwnConnection, SentinelTranspo
 from ferrum.dead_letters import SAMPLE
 from ferrum.local.redis import celery_url
 from ferrum.messages import MAX_BYTES
+from ferrum.record import base_of, new_run_id
+from ferrum.results import RunStatus
 from ferrum.testing.environment import environment
 from ferrum.testing.proxy import Proxy
 
@@ -257,6 +259,49 @@ def test_a_worker_takes_from_its_other_lists_where_something_else_stands_in_plac
     task_id = push(client, queue=key) if key.startswith("ferrum\x06") else push(client)
     eventually(lambda: answered(client, task_id))
     assert worker.poll() is None
+
+
+_KEYS = [
+    UNACKED, "ferrum:workers", "ferrum:{p00}:timers", "ferrum:binding:ferrum", UNACKED_INDEX, "ferrum:died",
+    "ferrum:revoked", "ferrum:lock:sweeper", "ferrum:artifact-store", "ferrum:binding:celery.pidbox",
+]  # fmt: skip
+#: Keys that hold a text, those that a worker speaks of, and those without which it takes messages and sweeps.
+_TEXTS = {"ferrum:lock:sweeper", "ferrum:artifact-store"}
+_SAID = {*_KEYS} - {"ferrum:artifact-store", "ferrum:binding:ferrum", "ferrum:binding:celery.pidbox"}
+_STOPS = {UNACKED, UNACKED_INDEX, "ferrum:revoked", "ferrum:lock:sweeper"}
+
+
+@pytest.mark.parametrize("key", _KEYS[: sized(4)])
+def test_a_worker_outlives_something_else_in_place_of_a_key_of_ferrums(
+    fleet: Fleet, client: redis.Redis, key: str
+) -> None:
+    worker = fleet.start()
+    waits = {"name": "waits", "steps": {"a": {"type": "wait", "for": "0.1s"}}}
+    first = ferrum.submit(waits)
+    ended(first)
+    client.delete(key)
+    (client.lpush if key in _TEXTS else client.set)(key, "mistaken")
+    task_id = push(client)
+    if key in _SAID:
+        eventually(lambda: f"'{key}' in Redis is " in fleet.log(0).read_text())
+    if key not in _STOPS:
+        eventually(lambda: answered(client, task_id))
+        assert ended(ferrum.submit(waits, key=_not_in("{p00}"))).status is RunStatus.COMPLETED
+    # It is there when a worker starts, too.
+    second = fleet.launch()
+    eventually(lambda: b" ready." in fleet.log(1).read_bytes())
+    client.delete(key)
+    # What waited for it.
+    eventually(lambda: answered(client, task_id))
+    assert ended(ferrum.submit(waits)).status is RunStatus.COMPLETED
+    assert (worker.poll(), second.poll()) == (None, None)
+    assert not any(bad in fleet.log(0).read_text() for bad in ("Unrecoverable", "a sweep failed"))
+
+
+def _not_in(partition: str) -> str:
+    """A key of a run in another partition."""
+    keys = (str(uuid.uuid4()) for _ in range(1000))
+    return next(key for key in keys if partition not in base_of(new_run_id(key)))
 
 
 @pytest.fixture
