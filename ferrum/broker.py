@@ -33,11 +33,13 @@ from kombu.transport import virtual
 from kombu.utils.collections import HashedSeq
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from redis.sentinel import SentinelManagedConnection
 
 from ferrum import messages
 from ferrum.dead_letters import SAMPLE, bury
 from ferrum.refusals import hurried, misplaced, patient
 from ferrum.scripts import CONNECT_TIMEOUT_S, timeout_of
+from ferrum.sentinels import Watched, master_pool, watched
 from ferrum.settings import settings
 from ferrum.steps import step_types
 
@@ -574,6 +576,19 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
 class SentinelChannel(Channel, kombu_redis.SentinelChannel):  # type: ignore[misc]
     """The same behind Redis Sentinel."""
 
+    def _sentinel_managed_pool(self, asynchronous: bool = False) -> Any:
+        found = _watched()
+        if found is None:
+            return super()._sentinel_managed_pool(asynchronous)
+        options = self._connparams(asynchronous)
+        pool = master_pool(found, **{name: options[name] for name in options.keys() - {"host", "port"}})
+        # kombu closes what they have open.
+        if asynchronous:
+            self._async_sentinel_manager = pool.sentinel_manager
+        else:
+            self._sentinel_manager = pool.sentinel_manager
+        return pool
+
 
 class Poller(kombu_redis.MultiChannelPoller):  # type: ignore[misc]
     """kombu's poller, for questions that are answered at once instead of a BRPOP that blocks."""
@@ -747,29 +762,49 @@ class Broker(AMQP):  # type: ignore[misc]
 
 
 class _Results:
+    """Celery's results, with keys of our own but for the answers to `ferrum.run`, and patience."""
+
     #: Counters of chords. What a task returned stays at `celery-task-meta-<id>`, where whoever sent `ferrum.run` looks.
     group_keyprefix = "ferrum-taskset-meta-"
     chord_keyprefix = "ferrum-chord-unlock-"
 
-
-class Results(_Results, RedisBackend):  # type: ignore[misc]
-    """Celery's results, with keys of our own but for the answers to `ferrum.run`, and patience."""
-
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.connparams: dict[str, Any] = patiently(self.connparams)
+        self.connparams: dict[str, Any] = self._patiently(self.connparams)
+
+    def _patiently(self, connparams: dict[str, Any]) -> dict[str, Any]:
+        return patiently(connparams)
 
     def ensure(self, fun: Any, args: Any, **policy: Any) -> Any:
         more = {"max_retries": 2} if hurried() else {}
-        return super().ensure(fun, args, **policy, **more)
+        return super().ensure(fun, args, **policy, **more)  # type: ignore[misc]
 
     def on_chord_part_return(self, *args: Any, **options: Any) -> Any:
         # Celery asks once. A part that is counted again is counted once.
-        return self.ensure(partial(super().on_chord_part_return, *args, **options), ())
+        return self.ensure(partial(super().on_chord_part_return, *args, **options), ())  # type: ignore[misc]
+
+
+class Results(_Results, RedisBackend):  # type: ignore[misc]
+    """Those in Redis."""
 
 
 class SentinelResults(_Results, SentinelBackend):  # type: ignore[misc]
     """The same behind Redis Sentinel."""
+
+    def _patiently(self, connparams: dict[str, Any]) -> dict[str, Any]:
+        return patiently({"connection_class": SentinelManagedConnection, **connparams})
+
+    def _get_pool(self, **params: Any) -> Any:
+        found = _watched()
+        if found is None:
+            return super()._get_pool(**params)
+        return master_pool(found, **{name: params[name] for name in params.keys() - {"hosts"}})
+
+
+def _watched() -> Watched | None:
+    """The sentinels of `FERRUM_REDIS_URL`."""
+    given = settings().redis_url
+    return None if given is None else watched(given.get_secret_value())
 
 
 #: For `app.loader.override_backends`.

@@ -109,9 +109,24 @@ class Wire:
             made.settimeout(self._timeout_s)
             made.connect(where["path"])
             return made
-        made = socket.create_connection((where["host"], where["port"]), self._timeout_s)
+        address = self._master() if where.get("sentinels") else (where["host"], where["port"])
+        made = socket.create_connection(address, self._timeout_s)
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return _secured(made, where) if where.get("tls") else made
+
+    def _master(self) -> tuple[str, int]:
+        """The server that one of the sentinels says is the master."""
+        for sentinel in self._where["sentinels"]:
+            wire = Wire(sentinel, self._timeout_s)
+            try:
+                [answer] = wire.ask([["SENTINEL", "get-master-addr-by-name", self._where["master"]]])
+            except (OSError, ValueError):
+                continue
+            finally:
+                wire.close()
+            if isinstance(answer, list):
+                return answer[0], int(answer[1])
+        raise ConnectionError("no sentinel knows the master")
 
     def _line(self) -> bytes:
         while b"\r\n" not in self._buffer:
@@ -261,6 +276,8 @@ class Keeper:
         try:
             lost = self._renewed_at_redis(kept)
         except (OSError, ValueError, Refused):
+            # A master that has become a replica refuses for good on a connection that stays open.
+            self._wire.close()
             self._again = now + self._lease_s / 16
             return
         # What it never renewed may be on its way to be claimed.

@@ -23,6 +23,7 @@ from ferrum.executor import Holds, Line, Shared
 from ferrum.keeper import clock
 from ferrum.record import Record
 from ferrum.scripts import script
+from ferrum.sentinels import watched
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +190,12 @@ class Watch:
 
 def _where(redis_url: str) -> dict[str, Any]:
     """What the URL says, as the keeper wants it; there is no parser in it."""
+    if behind := watched(redis_url):
+        asked = {"username": behind.sentinel_username, "password": behind.sentinel_password}
+        return {
+            "username": behind.username, "password": behind.password, "db": behind.db, "master": behind.master,
+            "sentinels": [{**asked, "host": host, "port": port} for host, port in behind.sentinels],
+        }  # fmt: skip
     said: dict[str, Any] = parse_url(redis_url)  # type: ignore[no-untyped-call]
     found: dict[str, Any] = {name: said[name] for name in ("username", "password", "db", "path") if name in said}
     found |= {"host": said.get("host", "localhost"), "port": said.get("port", 6379)}

@@ -25,6 +25,7 @@ from redis.retry import Retry
 
 from ferrum.errors import Misplaced, Unavailable
 from ferrum.refusals import Refused, locked_out, misplaced, passes, patient
+from ferrum.sentinels import pool_of
 
 #: How long an answer may take, and a connection. Under a lease, so that a connection that has gone silent is given up
 #: while there is time to renew it on another; over what a blocking read waits.
@@ -202,7 +203,7 @@ class Outage:
 
 def client_of(url: str, *, connections: int = 256, timeout_s: float = TIMEOUT_S) -> redis.Redis:
     """A client that decodes, tries each call once, gives up a silent connection, and raises `Refused`."""
-    pool = redis.ConnectionPool.from_url(
+    pool = pool_of(
         url, decode_responses=True, retry=Retry(NoBackoff(), 0), max_connections=connections,
         socket_timeout=timeout_s, socket_connect_timeout=min(timeout_s, CONNECT_TIMEOUT_S),
     )  # fmt: skip

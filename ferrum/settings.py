@@ -15,6 +15,7 @@ from urllib.parse import parse_qs, parse_qsl, quote, quote_plus, unquote, urlspl
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from ferrum.errors import SettingsError, did_you_mean
+from ferrum.sentinels import watched
 
 #: Read by other parts of ferrum's own tool chain, not settings of a process.
 _MARKS = frozenset({"FERRUM_REQUIRE_SANDBOX", "FERRUM_TEST_SIZE"})
@@ -188,6 +189,8 @@ def _is_service_link(variable: str, text: str) -> bool:
 def _wrong_with_redis(url: str) -> str | None:
     """The problem with a URL of Redis, without what may be a password; `None` where redis-py and Celery take it."""
     try:
+        if watched(url):
+            return None
         parts = urlsplit(url)
         # Reading the port checks it. A password with a `?` in it may pass for one, and its rest for options.
         is_one = parts.scheme in ("redis", "rediss", "unix") and parts.port != 0 and "@" not in parts.query
@@ -195,7 +198,8 @@ def _wrong_with_redis(url: str) -> str | None:
         is_one = False
     if not is_one:
         return (
-            " is no URL of a Redis: they look like redis://:password@host:6379/0, rediss://… or unix:///path/to/socket"
+            " is no URL of a Redis: they look like redis://:password@host:6379/0, rediss://…, unix:///path/to/socket "
+            "or sentinel://:password@host:26379,host:26379/master"
         )
     if parts.scheme != "unix" and not re.fullmatch(r"(?:/\d*)?", parts.path):
         return f": the path is the number of a database, as /0, and not {parts.path[:_SHOWN]!r}"

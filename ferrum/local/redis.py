@@ -37,6 +37,7 @@ from ferrum.errors import Unavailable
 from ferrum.local.home import own, read_own
 from ferrum.local.process import end, log_size, open_log, tail, take_lock, tied
 from ferrum.refusals import refusal
+from ferrum.sentinels import pool_of, watched
 
 #: A socket's path is limited to 108 bytes on Linux and 104 on macOS, the closing zero included.
 _SOCKET_PATH_MAX = 100
@@ -264,9 +265,15 @@ def celery_url(url: str) -> str:
 
     `unix:///path?db=2` becomes `redis+socket:///path?virtual_host=2`. In `redis://` and `rediss://` the database moves
     from `?db=` into the path, and a user and a password before the host, where both look for them. Certificates are
-    checked unless it is said that they are not; Celery refuses to have that unsaid.
+    checked unless it is said that they are not; Celery refuses to have that unsaid. Of several
+    sentinels the first stays.
     """
     parts = urlsplit(url)
+    if found := watched(url):
+        # All of them our broker knows by itself; Celery's URL of them has no place for the master's name.
+        (host, port), given = found.sentinels[0], parts.netloc.rpartition("@")[0]
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return f"sentinel://{given}@{address}/{found.db}" if given else f"sentinel://{address}/{found.db}"
     query = parse_qs(parts.query)
     user, _, password = parts.netloc.rpartition("@")[0].partition(":")
     user = quote(query.pop("username", [unquote(user)])[0], safe="")
@@ -349,7 +356,8 @@ def place(url: str) -> str:
 
 def _ping(url: str) -> None:
     once = Retry(NoBackoff(), 0)
-    with closing(redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5, retry=once)) as client:
+    pool = pool_of(url, socket_timeout=5, socket_connect_timeout=5, retry=once)
+    with closing(redis.Redis.from_pool(pool)) as client:
         client.ping()
 
 
