@@ -732,7 +732,7 @@ class Record(Connection):
 
         `queues` says of each queue and lane whether it is empty at the broker.
         """
-        names = [text for (queue, lane), empty in queues.items() for text in (queue, str(lane), str(int(empty)))]
+        lanes = [[f"{queue}:{lane}", int(empty)] for (queue, lane), empty in queues.items()]
         pipe = self._redis.pipeline(transaction=False)
         pipe.time()
         pipe.zrange(_DIED, -_DEATHS, -1, withscores=True)
@@ -742,7 +742,7 @@ class Record(Connection):
             "deaths": [[worker, round(at)] for worker, at in deaths],
         }  # fmt: skip
         arguments: list[str | int] = [
-            "", int(reap), round(resend_after_s * 1000), _dumps(rule), SWEEP_BATCH, *names,
+            "", int(reap), round(resend_after_s * 1000), _dumps(rule), SWEEP_BATCH, _dumps(lanes),
         ]  # fmt: skip
         # Not patiently: when Redis was away, whose leases ran out is to be thought over first.
         answers = Scripts(self._redis, 0, folder="").eval_each("sweep", _PARTITIONS, *arguments, pass_over=True)

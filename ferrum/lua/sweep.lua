@@ -1,6 +1,6 @@
 -- The repair of one partition. ARGV: '' (no run), reap ('1': give up leases that ran out), ready for how many ms
--- before it is looked at, the rule of when a step is given up (JSON, see `Record.sweep`), most per kind, then
--- (queue, lane, empty '1' or '0')…
+-- before it is looked at, the rule of when a step is given up (JSON, see `Record.sweep`), most per kind, the lanes
+-- (JSON: ["queue:lane", empty 1 or 0]…).
 -- Returns {sends, in how many ms the next timer is due ('' for none), the workers that died}.
 local function split(name) return string.match(name, '^(%S+) (%S+) ?(%S*)$') end
 local function due(key, score)
@@ -160,11 +160,14 @@ local function gone(lane_of, empty)
   end
   return math.min(now - ARGV[3], h)
 end
-for i = 6, #ARGV, 3 do
-  local lane_of = ARGV[i] .. ':' .. ARGV[i + 1]
-  local key = base .. ':ready:' .. lane_of
+local lanes, ready = cjson.decode(ARGV[6]), {}
+for i, lane in ipairs(lanes) do ready[i] = base .. ':ready:' .. lane[1] end
+-- Of most partitions nothing is ready, and there are many lanes.
+if #ready == 0 or redis.call('EXISTS', unpack(ready)) == 0 then lanes = {} end
+for i, lane in ipairs(lanes) do
+  local key = ready[i]
   local waited = redis.call('ZCOUNT', key, '-inf', number(now - ARGV[3] / 2)) > 0
-  local names = waited and due(key, number(gone(lane_of, ARGV[i + 2] == '1'))) or {}
+  local names = waited and due(key, number(gone(lane[1], lane[2] == 1))) or {}
   for _, name in ipairs(names) do
     local id, step = split(name)
     open(id)
