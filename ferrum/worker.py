@@ -21,7 +21,7 @@ from celery.worker.consumer.control import Control
 from celery.worker.state import maybe_shutdown
 
 from ferrum.broker import renew, warn_of_others
-from ferrum.errors import FerrumError, Misplaced, NotFound, SettingsError, Unavailable
+from ferrum.errors import FerrumError, Misplaced, NotFound, OperatorError, SettingsError, Unavailable
 from ferrum.executor import Executor, Holds
 from ferrum.pulse import AWAY, Every
 from ferrum.record import Resend
@@ -212,7 +212,11 @@ def install(app: Celery, process: Process) -> None:
         sweeper: Sweeper | None = None
 
         def start(self, parent: Any) -> None:
-            executor = process.executor()
+            try:
+                executor = process.executor()
+            except OperatorError as error:
+                log.critical("this worker cannot start: %s", redact(str(error)))
+                raise WorkerShutdown(1) from error
             self.sweeper = Sweeper(app, executor, settings())
             self.sweeper.start()
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fleet import PATIENCE_S, Fleet
 
 from ferrum.errors import SettingsError
 from ferrum.settings import read, settings, unknown
@@ -147,3 +148,11 @@ def test_celery_says_what_is_wrong_with_a_url_in_one_sentence(command: list[str]
     assert "FERRUM_REDIS_URL (or REDIS_URL): there is no option 'nonsense'" in said
     assert "Traceback" not in said
     assert "hunter22" not in said
+
+
+def test_a_worker_says_what_is_wrong_with_its_servers_in_one_sentence(redis_url: str, tmp_path: Path) -> None:
+    fleet = Fleet(redis_url, tmp_path, {"FERRUM_MCP_SERVERS": '{"mcpServers": {"a": {"command": 7}}}'})
+    assert fleet.launch().wait(PATIENCE_S) == 1
+    said = fleet.log(0).read_text()
+    assert "this worker cannot start: FERRUM_MCP_SERVERS:1" in said
+    assert "Traceback" not in said
