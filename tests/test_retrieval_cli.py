@@ -443,6 +443,25 @@ def test_folders_are_read_without_what_is_hidden_or_made_by_tools(ran: Run) -> N
     assert documents.count(["docs", "-", "docs/**/*.md", f"{Path.cwd()}/*/b.[m]d"]) == 4 + 1 + 3 + 1
 
 
+def test_a_pattern_reads_each_folder_once_however_often_it_says_any_depth(
+    ran: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path("top")
+    for depth in range(12):
+        folder = folder / f"d{depth}"
+        (folder / "beside").mkdir(parents=True)
+        (folder / "x").write_text("text")
+    Path("top/d0/again").symlink_to(".", target_is_directory=True)
+    Path("top/d0/beside/above").symlink_to("../..", target_is_directory=True)
+    looked_at: list[str] = []
+    look = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looked_at.append(str(path)) or look(path))
+    assert documents.count(["top/" + "**/" * 12 + "x"]) == 12
+    assert documents.count(["top/" + "**/*/" * 12 + "x"]) == 1
+    assert documents.count(["top/" + "**/" * 3 + "**"]) == 12
+    assert max(looked_at.count(path) for path in looked_at) == 3
+
+
 def test_a_file_that_was_named_has_to_be_readable(ran: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo("pipe")
     with pytest.raises(InputError, match="'pipe' is a pipe, and no file that can be read"):

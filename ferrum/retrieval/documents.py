@@ -213,8 +213,7 @@ class Place:
     def _matches(self) -> list[str]:
         """The files that a pattern matches; `**` follows no links to folders, so it comes to an end."""
         top = Path(*Path(os.path.normpath(self.asked)).parts[: -len(self.pattern)])
-        found = (path for path in top.glob(str(Path(*self.pattern))) if path.is_file())
-        return sorted(str(path) for path in found if all(map(_is_read, path.relative_to(top).parts)))
+        return sorted(str(top / path) for path in _matching(str(top), self.pattern))
 
     def covers(self, origin: str) -> bool:
         """Whether a document of this origin would be found here, if it were there."""
@@ -239,6 +238,55 @@ def _entry(path: str) -> str:
 def _below(folder: str, path: str) -> tuple[str, ...] | None:
     inside = path.startswith(folder.rstrip(os.sep) + os.sep)
     return Path(path[len(folder) :].lstrip(os.sep)).parts if inside else None
+
+
+def _matching(top: str, pattern: tuple[str, ...]) -> Iterator[str]:
+    """The paths, from `top` on, of the files that a pattern matches: each folder is read once, whatever it says.
+
+    `Path.glob` goes through all that is below once more for each `**`.
+    """
+    left = [("", os.path.realpath(top), _free(pattern, {0}), frozenset[str]())]
+    while left:
+        folder, real, reached, followed = left.pop()
+        for entry in _entries(os.path.join(top, folder)):  # noqa: PTH118
+            named = {at + 1 for at in reached if at < len(pattern) and _is(entry.name, pattern[at])}
+            under = {at for at in reached if pattern[at : at + 1] == ("**",)}
+            path = os.path.join(folder, entry.name)  # noqa: PTH118
+            if not entry.is_dir():
+                if len(pattern) in _free(pattern, named | under) and entry.is_file():
+                    yield path
+            elif not entry.is_symlink():
+                if on := _free(pattern, named | under):
+                    left.append((path, os.path.join(real, entry.name), on, followed))  # noqa: PTH118
+            elif on := _free(pattern, named):
+                target = os.path.realpath(entry.path)
+                # Else what is there would be gone through again within itself.
+                if target not in followed and _below(target, os.path.join(real, "x")) is None:  # noqa: PTH118
+                    left.append((path, target, on, followed | {target}))
+
+
+def _free(pattern: tuple[str, ...], reached: set[int]) -> frozenset[int]:
+    """The places in a pattern that are reached with those: `**` may stand for nothing."""
+    found = set(reached)
+    for start in sorted(reached):
+        at = start
+        while pattern[at : at + 1] == ("**",):
+            at += 1
+            found.add(at)
+    return frozenset(found)
+
+
+def _is(name: str, part: str) -> bool:
+    return part != "**" and fnmatchcase(name, part)
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """All of a folder that is read; nothing of one that cannot be."""
+    try:
+        with os.scandir(folder) as found:
+            return [entry for entry in found if _is_read(entry.name)]
+    except OSError:
+        return []
 
 
 def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
