@@ -219,6 +219,8 @@ def _follow(master: Any, replica: Any, url: str) -> None:
     parts = urlsplit(url)
     for client in (master, replica):
         client.config_set("masterauth", parts.password or "")
+        # Nobody else is to follow it, for whom it would wait.
+        client.config_set("repl-diskless-sync-delay", 0)
     replica.execute_command("REPLICAOF", "127.0.0.1", str(parts.port))
     _wait_for(lambda: replica.info("replication")["master_link_status"] == "up")
 

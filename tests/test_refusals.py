@@ -22,7 +22,7 @@ from ferrum.record import Record, new_run_id
 from ferrum.refusals import Refused, locked_out, passes, refusal
 from ferrum.results import RunStatus
 from ferrum.schedules import Beat
-from ferrum.scripts import CONNECT_TIMEOUT_S
+from ferrum.scripts import CONNECT_TIMEOUT_S, client_of
 from ferrum.testing.proxy import Proxy
 from ferrum.testing.refusing import REFUSALS, refused
 
@@ -266,3 +266,35 @@ def test_whoever_waits_for_a_run_with_a_limit_waits_no_longer_for_redis(
     run_id = ferrum.submit({"name": "x", "steps": {"a": {"type": "approval", "message": "go on?"}}})
     with REFUSALS["MASTERDOWN"](client), pytest.raises(Unavailable):
         ferrum.wait(run_id, timeout_s=0.5)
+
+
+def test_what_one_connection_has_found_silent_is_waited_for_by_no_other(redis_url: str) -> None:
+    with Proxy(redis_url) as proxy:
+        client = client_of(proxy.url, timeout_s=0.5)
+        pool = client.connection_pool
+        # As threads have them.
+        several = [pool.get_connection() for _ in range(4)]
+        for connection in several:
+            pool.release(connection)
+        proxy.go_silent()
+        with pytest.raises(redis.exceptions.TimeoutError):
+            client.ping()
+        assert pinged(pool, 4) == ["PONG"] * 4
+        # What answers stays as it is.
+        sockets = {connection._sock for connection in several}
+        assert pinged(pool, 4) == ["PONG"] * 4
+        assert {connection._sock for connection in several} == sockets
+        pool.disconnect()
+        client.close()
+
+
+def pinged(pool: redis.ConnectionPool, count: int) -> list[Any]:
+    """The answers to a ping on so many connections at once."""
+    several: list[Any] = [pool.get_connection() for _ in range(count)]
+    answers = []
+    for connection in several:
+        connection.send_command("PING", check_health=False)
+        answers.append(connection.read_response())
+    for connection in several:
+        pool.release(connection)
+    return answers

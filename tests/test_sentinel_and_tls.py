@@ -71,6 +71,7 @@ class Servers:
         for number, server in enumerate(self.servers):
             with redis.Redis.from_url(server.url) as client:
                 client.config_set("masterauth", self.password)
+                client.config_set("repl-diskless-sync-delay", 0)
                 if number:
                     client.replicaof("127.0.0.1", str(ports[0]))
                     eventually(lambda client=client: client.info("replication")["master_link_status"] == "up")
