@@ -97,13 +97,16 @@ def test_a_caller_can_ask_for_less_than_the_server_allows_and_not_for_more(tmp_p
     # Filled, for what is only reserved is not used; and kept until somebody has looked.
     much = "import time; x = b'x' * (100 * 2**20); time.sleep(60)"
 
-    async def story(ask: _Ask) -> None:
+    async def memory(ask: _Ask) -> None:
         assert (await ask("run_python", code=much, memory=10_000))["reason"] == "memory"
         assert (await ask("run_python", code="print(1)", memory=32))["reason"] == "ok"
+
+    async def time(ask: _Ask) -> None:
         assert (await ask("run_python", code="while True: pass", timeout=3600))["reason"] == "timeout"
         assert (await ask("run_python", code="while True: pass", timeout=0.1))["detail"].endswith("0.1 s")
 
-    _session(story, tmp_path, Limits(memory=64, timeout=0.5))
+    _session(memory, tmp_path, Limits(memory=64))
+    _session(time, tmp_path, Limits(timeout=0.5))
 
 
 def test_what_cannot_be_run_is_told_to_the_agent(tmp_path: Path) -> None:
