@@ -44,7 +44,7 @@ json.dump(table.idxmax(axis=1).to_dict(), open("output.json", "w"))
 
 
 @pytest.fixture(scope="module")
-def fleet(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+def fleet(redis_url: str, tmp_path_factory: pytest.TempPathFactory, runtimes: Path) -> Iterator[Fleet]:
     """A worker and a model whose first program is wrong, and which gets it right when it is told why."""
     rules = [
         {"match": {"contains": "KeyError: 'place'"}, "json": {"code": RIGHT}},
@@ -52,7 +52,9 @@ def fleet(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     ]
     script = yaml.safe_load((EXAMPLE.parent / "stub_script.yaml").read_text(encoding="utf-8"))
     with ModelServer({"rules": [*rules, *script["rules"]]}) as models:
-        fleet = Fleet(redis_url, tmp_path_factory.mktemp("analysis"), models.environ)
+        fleet = Fleet(
+            redis_url, tmp_path_factory.mktemp("analysis"), {**models.environ, "FERRUM_RUNTIMES": str(runtimes)}
+        )
         try:
             fleet.start()
             yield fleet
