@@ -7,6 +7,7 @@ import json
 import random
 import zlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 #: What kombu and Celery read of a message, and some that they do not.
@@ -23,8 +24,12 @@ PROPERTIES = (
 TOP = ("body", "content-type", "content-encoding", "headers", "properties", "redelivered", "errors")
 EMBEDDED = ("callbacks", "errbacks", "chain", "chord", "timelimit", "id", "args", "x")
 
-#: A few kilobytes that would be megabytes.
-BOMB = zlib.compress(b"[" + b" " * 50_000_000 + b"]", 9)
+
+@cache
+def _compressed() -> bytes:
+    """A few kilobytes that would be megabytes."""
+    return zlib.compress(b"[" + b" " * 50_000_000 + b"]", 9)
+
 
 #: Another app's task, as it may stand in a canvas.
 FOREIGN = {"task": "user.echo", "args": [1], "kwargs": {}, "options": {}, "subtask_type": None, "immutable": True}
@@ -150,7 +155,7 @@ def _encoding(random_: random.Random, message: dict[str, Any], call: list[Any]) 
 
 
 def _bomb(random_: random.Random, message: dict[str, Any], _: list[Any]) -> None:
-    _put(message, BOMB)
+    _put(message, _compressed())
     if isinstance(headers := message.get("headers"), dict):
         headers["compression"] = random_.choice(("application/x-gzip", "zlib", "application/x-lzma", "nothing"))
 

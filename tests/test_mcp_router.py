@@ -23,9 +23,10 @@ from pydantic import JsonValue
 from ferrum.errors import ToolError
 from ferrum.governance.acts import ToolCall
 from ferrum.mcp.router import Router
-from ferrum.mcp.session import ConnectionLost, Session, _fits, _parsed
 from ferrum.mcp.specs import ServerSpec, load_servers
 from ferrum.settings import Settings
+
+# What imports the MCP SDK is imported by the tests: each process of xdist collects this file, and one runs it.
 
 _ROOT = Path(__file__).parent.parent
 
@@ -235,6 +236,8 @@ def test_a_result_is_held_against_its_tools_schema_in_linear_time(tmp_path: Path
 
 
 def test_text_that_is_no_json_to_the_end_is_text() -> None:
+    from ferrum.mcp.session import _parsed
+
     assert _parsed("[" * 100_000) == "[" * 100_000
 
 
@@ -296,6 +299,8 @@ def test_arguments_that_are_not_what_a_tool_asks_for_are_refused_once_and_for_al
     [{"type": "strin"}, {"$ref": "https://nowhere.invalid/schema"}, {"properties": {"text": {"pattern": "("}}}, {}],
 )
 def test_a_schema_that_says_nothing_refuses_nothing(schema: dict[str, JsonValue]) -> None:
+    from ferrum.mcp.session import _fits
+
     assert _fits({"text": "x"}, schema)
 
 
@@ -349,6 +354,8 @@ def test_a_server_that_died_meanwhile_is_started_again(tmp_path: Path) -> None:
 
 
 def test_a_call_that_surely_never_left_may_be_sent_again_whatever_the_tool_does(tmp_path: Path) -> None:
+    from ferrum.mcp.session import ConnectionLost, Session
+
     async def story() -> ToolError:
         session = await Session.open("odd", _odd(tmp_path))
         os.kill(int((tmp_path / "starts").read_text()), signal.SIGKILL)

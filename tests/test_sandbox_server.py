@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mcp import Client
 from sandboxes import why_not
 
 from ferrum.errors import ToolError
 from ferrum.governance.acts import ToolCall
 from ferrum.mcp.router import Router
-from ferrum.mcp.servers.sandbox import Limits, main, server
 from ferrum.mcp.specs import load_servers
 from ferrum.sandbox import Kind
 from ferrum.settings import Settings
@@ -31,11 +29,15 @@ def _isolation() -> None:
         pytest.skip(f"NOT TESTED: no sandbox on this machine: {missing}")
 
 
-def _session(story: Callable[[_Ask], Any], home: Path, limits: Limits = Limits()) -> None:  # noqa: B008
+def _session(story: Callable[[_Ask], Any], home: Path, **limits: Any) -> None:
     """Run `story` with a way to call tools of a server in this process."""
+    # The MCP SDK is imported here: each process of xdist collects this file, and one runs it.
+    from mcp import Client
+
+    from ferrum.mcp.servers.sandbox import Limits, server
 
     async def run() -> None:
-        async with Client(server(limits)) as client:
+        async with Client(server(Limits(**limits))) as client:
 
             async def ask(tool: str, **arguments: Any) -> Any:
                 result = await client.call_tool(tool, arguments)
@@ -105,8 +107,8 @@ def test_a_caller_can_ask_for_less_than_the_server_allows_and_not_for_more(tmp_p
         assert (await ask("run_python", code="while True: pass", timeout=3600))["reason"] == "timeout"
         assert (await ask("run_python", code="while True: pass", timeout=0.1))["detail"].endswith("0.1 s")
 
-    _session(memory, tmp_path, Limits(memory=64))
-    _session(time, tmp_path, Limits(timeout=0.5))
+    _session(memory, tmp_path, memory=64)
+    _session(time, tmp_path, timeout=0.5)
 
 
 def test_what_cannot_be_run_is_told_to_the_agent(tmp_path: Path) -> None:
@@ -136,13 +138,15 @@ def test_an_unknown_runtime_is_told_with_what_to_type(tmp_path: Path) -> None:
         with pytest.raises(ToolError, match=r"did you mean 'python-data'"):
             await ask("run_python", code="1")
 
-    _session(story, tmp_path, Limits(runtime="python-dat"))
+    _session(story, tmp_path, runtime="python-dat")
 
 
 @pytest.mark.parametrize("arguments", [["--memory", "0"], ["--unknown"]])
 def test_a_server_with_wrong_arguments_does_not_start(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from ferrum.mcp.servers.sandbox import main
+
     monkeypatch.setattr(sys, "argv", ["server", *arguments])
     with pytest.raises(SystemExit, match="2"):
         main()
