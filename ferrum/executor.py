@@ -31,6 +31,7 @@ from ferrum.cache import Cache, Hit, base_of_digest, digest_of
 from ferrum.errors import (
     LONGEST_ERROR,
     AuthorError,
+    Conflict,
     Denied,
     FerrumError,
     NotFound,
@@ -38,6 +39,7 @@ from ferrum.errors import (
     StepError,
     StepTimeout,
     Unavailable,
+    WorkflowError,
     bug,
 )
 from ferrum.governance.acts import Act, By, R
@@ -446,15 +448,29 @@ class Executor:
         finally:
             if not hold.claimed:
                 self.holds.drop(held)
-        match claim:
-            case Dropped():
-                log.debug("%s.%s dropped: %s", run_id, step_id, claim.why)
-                return Outcome(Then.DROP)
-            case Passed():
-                return Outcome(Then.PASS)
-            case Ended():
-                return self._after(run_id, self.plan_of(run_id), claim, None)
-        return self._claimed(hold, claim, signature)
+        try:
+            match claim:
+                case Dropped():
+                    log.debug("%s.%s dropped: %s", run_id, step_id, claim.why)
+                    return Outcome(Then.DROP)
+                case Passed():
+                    return Outcome(Then.PASS)
+                case Ended():
+                    return self._after(run_id, self.plan_of(run_id), claim, None)
+            return self._claimed(hold, claim, signature)
+        except WorkflowError as error:
+            return self._cannot_read(run_id, error)
+
+    def _cannot_read(self, run_id: str, error: WorkflowError) -> Outcome:
+        """End a run whose plan has what this ferrum does not know; no attempt at any of its steps can say so."""
+        reason = (
+            f"this worker cannot read the plan of the run: {error}; run the same ferrum, with the same step types, on "
+            "all workers, then resume it"
+        )
+        log.error("%s: %s", run_id, redact(reason))
+        with suppress(Conflict, NotFound):
+            self.record.cancel(run_id, f"worker {self.worker}", redact(reason)[:LONGEST_ERROR])
+        return Outcome(Then.DROP)
 
     def _claim(self, hold: _Hold) -> Claimed | Passed | Dropped | Ended:
         while True:

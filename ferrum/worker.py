@@ -21,7 +21,7 @@ from celery.worker.consumer.control import Control
 from celery.worker.state import maybe_shutdown
 
 from ferrum.broker import renew, warn_of_others
-from ferrum.errors import FerrumError, Misplaced, NotFound, OperatorError, SettingsError, Unavailable
+from ferrum.errors import FerrumError, Misplaced, NotFound, OperatorError, SettingsError, Unavailable, WorkflowError
 from ferrum.executor import Executor, Holds
 from ferrum.pulse import AWAY, Every
 from ferrum.record import Resend
@@ -167,6 +167,9 @@ class Sweeper:
                 send(self._app, self._executor.plan_of, [what])
             except NotFound:
                 log.info("%s is gone, nothing to send", what.run_id)
+            except WorkflowError as error:
+                # A worker of another version may well do so; this one ends the run when it is given one of its steps.
+                log.error("%s.%s cannot be sent by this worker: %s", what.run_id, what.step_id, error)
         # A timer that is due soon is not kept waiting for the whole of a turn.
         self._every.soon(found.next_in_s)
         if now >= self._forget_from:
