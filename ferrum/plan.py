@@ -25,7 +25,7 @@ from ferrum.governance.budget import Limits, ceilings
 from ferrum.record import LANES, Edge, Frame, NewRun, Node, Read
 from ferrum.settings import settings
 from ferrum.steps import Params, StepType, step_types
-from ferrum.untrusted import Marks, noted
+from ferrum.untrusted import Marks, in_schema, noted, said_in
 from ferrum.workflow import COMMON, Defaults, Retry, Step, Workflow, inner_needs, labels
 
 if TYPE_CHECKING:
@@ -179,8 +179,12 @@ class PlannedStep:
         """Whether anything may go on inside of it."""
         return bool(self.bodies) or self.type.composed
 
-    def resolve(self, scope: Mapping[str, JsonValue], write: Write | None = None) -> Params:
+    def resolve(
+        self, scope: Mapping[str, JsonValue], write: Write | None = None, in_schemas: Write | None = None
+    ) -> Params:
         """Its parameters, with every expression evaluated; `write` says how values are written that a model reads.
+
+        `in_schemas` says the same of what it reads in a JSON Schema.
 
         Raises `ExpressionError`, and `WorkflowError` when a value does not fit.
         """
@@ -188,6 +192,10 @@ class PlannedStep:
         assert isinstance(values, dict)
         if write is not None:
             values |= {name: noted(values[name]) for name in self.type.prompts & values.keys()}
+            if schemas := self.type.schemas & values.keys():
+                shown = self.params.evaluate(scope, in_schemas, schemas)
+                assert isinstance(shown, dict)
+                values |= {name: in_schema(values[name], shown[name]) for name in schemas}
         try:
             checked: Params = self.type.params.model_validate(values | self.fixed)
         except ValidationError as error:
@@ -396,7 +404,12 @@ class Plan:
             origins = sorted(path[0] for path in paths if foreign.intersection(_origins(step, [path], marks.fed)))
             return marks.written(value, origins[0], scope.get(origins[0])) if origins else None
 
-        return step.resolve(scope, write)
+        def in_schemas(paths: frozenset[Path], value: JsonValue) -> JsonValue:
+            if isinstance(value, str):
+                return write(paths, value)
+            return said_in(value, lambda text: str(write(paths, text) or text))
+
+        return step.resolve(scope, write, in_schemas)
 
     def feeding(self, step: PlannedStep, name: str, fed: frozenset[str]) -> frozenset[str]:
         """The fields of this parameter of a step that may hold text which somebody else wrote; `*` for all."""

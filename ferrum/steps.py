@@ -243,6 +243,8 @@ class StepType(ABC, Generic[P]):
     passes_on: ClassVar[bool] = True
     #: Those of its parameters that a model reads.
     prompts: ClassVar[frozenset[str]] = frozenset()
+    #: Parameters that are JSON Schemas which a model reads.
+    schemas: ClassVar[frozenset[str]] = frozenset()
     #: It ends by itself at its `timeout`, and says how; the executor only steps in where it does not.
     keeps_time: ClassVar[bool] = False
 

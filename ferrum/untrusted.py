@@ -11,7 +11,7 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final, Self, TypeGuard
@@ -94,6 +94,38 @@ class Marks:
         return "\n".join(
             f"<untrusted-{mark}{_attributes(about)}>{edge}{text}{edge}</untrusted-{mark}>" for about, text in quoted
         )
+
+
+#: What a JSON Schema says to whoever reads it, and holds no value to.
+_SAID: Final = frozenset({"title", "description", "$comment"})
+#: Whose values are data: marks would be a part of them.
+_DATA: Final = frozenset({"const", "enum", "default", "examples"})
+
+
+def in_schema(schema: JsonValue, written: JsonValue) -> JsonValue:
+    """A JSON Schema, with its titles and descriptions as they are `written`; all that an answer is held to stays."""
+    if isinstance(schema, dict) and isinstance(written, dict):
+        return {
+            name: noted(written[name])
+            if name in _SAID and isinstance(one, str)
+            else one
+            if name in _DATA
+            else in_schema(one, written[name])
+            for name, one in schema.items()
+        }
+    if isinstance(schema, list) and isinstance(written, list):
+        return [in_schema(one, other) for one, other in zip(schema, written, strict=True)]
+    return schema
+
+
+def said_in(schema: JsonValue, mark: Callable[[str], str]) -> JsonValue:
+    """A part of a JSON Schema that is from elsewhere as a whole, with its titles and descriptions marked."""
+    if isinstance(schema, dict):
+        return {
+            name: mark(one) if name in _SAID and isinstance(one, str) else one if name in _DATA else said_in(one, mark)
+            for name, one in schema.items()
+        }
+    return [said_in(one, mark) for one in schema] if isinstance(schema, list) else schema
 
 
 def noted(value: JsonValue) -> JsonValue:

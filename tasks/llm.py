@@ -65,6 +65,7 @@ class LlmParams(Params):
 class Llm(StepType[LlmParams]):
     name = "llm"
     prompts = frozenset({"prompt", "system", "messages"})
+    schemas = frozenset({"output_schema"})
     params = LlmParams
     retry = Retry(max_attempts=3)
     timeout_s = 120.0
@@ -91,7 +92,7 @@ async def _answer(call: ModelCall, attempt: Attempt) -> JsonValue:
     try:
         return structured.parse(reply.text, call.output_schema)
     except OutputError as error:
-        repaired = await attempt.perform(structured.repair_messages(call, reply.text, error))
+        repaired = await attempt.perform(structured.repair_messages(call, reply.text, error, attempt.marks))
         return structured.parse(repaired.text, call.output_schema)
 
 

@@ -23,6 +23,7 @@ from ferrum.models.calls import aclose, complete
 from ferrum.models.choice import DEFAULTS, default_model, ollama_base
 from ferrum.settings import Settings
 from ferrum.testing.model_server import ModelServer, Outcome, embedding
+from ferrum.untrusted import Marks
 
 ROOT = Path(__file__).parent.parent
 
@@ -310,13 +311,16 @@ def test_a_wrong_answer_is_repaired_in_one_more_round(monkeypatch: pytest.Monkey
         try:
             return structured.parse(reply.text, KIND)
         except OutputError as error:
-            again = await complete(structured.repair_messages(asked, reply.text, error))
+            again = await complete(structured.repair_messages(asked, reply.text, error, Marks("secret")))
             return structured.parse(again.text, KIND)
 
     script = {
         "rules": [
             {"match": {"turn": 1}, "reply": 'Sure: {"kind": "bug"}'},
-            {"match": {"turn": 2, "regex": "cannot be used: the answer is not JSON"}, "json": {"kind": "question"}},
+            {
+                "match": {"turn": 2, "regex": "cannot be used: <untrusted-.*>the answer is not JSON"},
+                "json": {"kind": "question"},
+            },
         ]
     }
     with ModelServer(script) as server:
@@ -532,7 +536,7 @@ def test_a_schema_that_cannot_be_used_is_final_and_nothing_is_fetched_for_it(
 
 def test_a_repair_of_an_empty_answer_does_not_repeat_it() -> None:
     asked = call(output_schema=KIND)
-    repair = structured.repair_messages(asked, "  ", OutputError("the answer is not JSON", retry=True))
+    repair = structured.repair_messages(asked, "  ", OutputError("the answer is not JSON", retry=True), Marks("secret"))
     assert [message["role"] for message in repair.messages] == ["user", "user"]
     assert repair.model_copy(update={"messages": asked.messages}) == asked
 

@@ -14,6 +14,7 @@ from pydantic import JsonValue
 from ferrum import schemas
 from ferrum.errors import OutputError
 from ferrum.governance.acts import ModelCall
+from ferrum.untrusted import Marks, noted
 
 _FENCE: Final = "```"
 
@@ -52,14 +53,18 @@ def instructions(schema: dict[str, JsonValue]) -> str:
     )
 
 
-def repair_messages(call: ModelCall, reply_text: str, error: OutputError) -> ModelCall:
-    """The call that shows a model its answer, says what is wrong with it, and asks for a right one."""
+def repair_messages(call: ModelCall, reply_text: str, error: OutputError, marks: Marks) -> ModelCall:
+    """The call that shows a model its answer, says what is wrong with it, and asks for a right one.
+
+    Parts of the answer that are quoted may be somebody else's words by now, and they stand in a user's message: marked.
+    """
     said: list[dict[str, JsonValue]] = []
     # Providers refuse an empty answer in a conversation.
     if reply_text.strip():
         said.append({"role": "assistant", "content": reply_text})
     wanted = "Answer again, with the whole corrected JSON value and nothing else."
-    said.append({"role": "user", "content": f"That answer cannot be used: {error.message}. {wanted}"})
+    wrong = marks.marked(error.message, "answer")
+    said.append({"role": "user", "content": noted(f"That answer cannot be used: {wrong}. {wanted}")})
     return call.model_copy(update={"messages": (*call.messages, *said)})
 
 
