@@ -106,11 +106,18 @@ class _Patient:
 
     def connect(self) -> None:
         # Each of a pool would be waited for anew until it is found to be dead, too.
-        if self._sock is not None and self._heard < _silent.get(self._place(), 0):
+        if self._sock is not None and self._heard < _silent.get(self._place(), 0) and not self._has_come():
             self.disconnect()  # type: ignore[attr-defined]
         if self._sock is None:
             self._heard = time.monotonic()
         super().connect()  # type: ignore[misc] # of the class that it is mixed into
+
+    def _has_come(self) -> bool:
+        """Whether there is something to read, be it its end: whoever reads it would wait for it on a new one."""
+        try:
+            return bool(self.can_read(timeout=0))  # type: ignore[attr-defined]
+        except (exceptions.ConnectionError, OSError):
+            return True
 
     def _place(self) -> tuple[object, object]:
         return getattr(self, "path", None) or getattr(self, "host", None), getattr(self, "port", None)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,11 @@ from fleet import Fleet, assert_events_agree, effects, ended, eventually, happen
 from processes import descendants, is_running
 
 import ferrum
+from bench import chaos
+from ferrum.record import base_of
 from ferrum.results import RunStatus
+from ferrum.testing.environment import environment
+from ferrum.testing.proxy import Proxy
 
 QUICK = {"FERRUM_LEASE": "2", "FERRUM_HEARTBEAT": "0.3", "FERRUM_SWEEP": "0.2", "FERRUM_GRACE": "1"}
 
@@ -61,6 +67,37 @@ def test_a_step_that_holds_the_interpreter_runs_once_and_takes_nobody_along(
     assert len((tmp_path / "beside").read_text().splitlines()) == 1
     assert not happened(run_id, "step.lost")
     assert_events_agree(redis_url, run_id)
+
+
+def test_a_keeper_goes_on_with_the_new_master_where_a_failover_left_its_connection_open(
+    redis_url: str, tmp_path: Path
+) -> None:
+    stage = chaos.Stage(tmp_path, random.Random(0), fault_s=0)
+    with ExitStack() as stack:
+        stage.server = stage.add_server()
+        stack.callback(lambda: [server.kill() for server in stage.servers])
+        stage.theirs = stack.enter_context(Proxy(stage.server.url))
+        stage.ours = stack.enter_context(Proxy(stage.server.url))
+        stack.enter_context(environment({"FERRUM_REDIS_URL": stage.ours.url}))
+        fleet = Fleet(stage.theirs.url, tmp_path, QUICK)
+        stack.callback(fleet.stop)
+        fleet.start()
+        stack.enter_context(client := stage.client())
+        run_id = ferrum.submit({"name": "x", "steps": {"a": task("hold", log=str(tmp_path / "held"), seconds=7)}})
+
+        def leased_until() -> float:
+            leases: Any = client.zrange(f"{base_of(run_id)}:leases", 0, -1, withscores=True)
+            return max([until for name, until in leases if name.startswith(run_id)], default=0.0)
+
+        # While its interpreter is held nobody but the keeper renews it.
+        eventually(lambda: began(tmp_path / "held"))
+        # Whoever would take what is taken for lost.
+        fleet.launch(FERRUM_REDIS_URL=stage.ours.url)
+        first = eventually(leased_until)
+        eventually(lambda: leased_until() > first + 500)
+        chaos.failover(stage)
+        assert ended(run_id).status is RunStatus.COMPLETED
+        assert not happened(run_id, "step.lost")
 
 
 def test_a_stopped_worker_loses_its_steps_and_hears_of_it(fleet: Fleet, redis_url: str, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import select
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -286,6 +288,38 @@ def test_what_one_connection_has_found_silent_is_waited_for_by_no_other(redis_ur
         assert {connection._sock for connection in several} == sockets
         pool.disconnect()
         client.close()
+
+
+def test_what_has_come_is_read_though_another_connection_was_found_silent(redis_url: str) -> None:
+    """A worker's loop reads what it is told: on a new connection it would wait for it for ever."""
+    with Proxy(redis_url) as proxy, client_of(redis_url) as there:
+        client = client_of(proxy.url, timeout_s=0.5)
+        heard = client.pubsub()
+        heard.subscribe("news")
+        assert heard.parse_response()[0] == "subscribe"
+        sock = heard.connection._sock
+        with pytest.raises(redis.exceptions.TimeoutError):
+            client.blpop(["nothing"], timeout=5)
+        there.publish("news", "hello")
+        eventually(lambda: heard.connection.can_read(timeout=0))
+        assert heard.parse_response()[2] == "hello"
+        assert heard.connection._sock is sock
+        with pytest.raises(redis.exceptions.TimeoutError):
+            client.blpop(["nothing"], timeout=5)
+        # So is its end.
+        proxy.cut()
+        eventually(lambda: has_something(sock))
+        heard.connection.connect()
+        with pytest.raises(redis.exceptions.ConnectionError):
+            heard.connection.read_response()
+        heard.close()
+        client.close()
+        client.connection_pool.disconnect()
+
+
+def has_something(sock: socket.socket) -> bool:
+    """Whether there is something to read on it."""
+    return bool(select.select([sock], [], [], 0)[0])
 
 
 def pinged(pool: redis.ConnectionPool, count: int) -> list[Any]:

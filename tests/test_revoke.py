@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from fleet import Fleet, assert_events_agree, ended, eventually
+from preloading import into
 
 import ferrum
 from ferrum import runs
@@ -134,7 +135,9 @@ def test_the_command_line_of_celery_revokes_as_flower_does(worker: Fleet) -> Non
     run_id = ferrum.submit({"name": "revoked", "steps": {"a": NAP}})
     doing(run_id, "a", "running")
     command = [sys.executable, "-m", "celery", "-A", "ferrum", "control", "revoke", task_id(run_id, "a")]
-    said = subprocess.run(command, env=worker.environ, cwd=worker.home, capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        command, env=into(worker.environ), cwd=worker.home, capture_output=True, text=True, check=True
+    )
     assert f"asked the record to cancel {task_id(run_id, 'a')}" in said.stdout
     assert left(ended(run_id)) == {"a": REVOKED}
 

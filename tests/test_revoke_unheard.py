@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from fleet import Fleet, assert_events_agree, ended, eventually, happened
+from preloading import into
 
 import ferrum
 from ferrum import runs
@@ -108,7 +109,7 @@ def test_the_command_line_revokes_without_a_worker_and_says_what_came_of_each(no
     run_id, message = submitted(), "a-message-of-mine"
     ids = [task_id(run_id, "a"), task_id(run_id, "z"), task_id(run_id[:-3] + "000", "a"), run_id, message]
     command = [sys.executable, "-m", "celery", "-A", "ferrum", "control", "-t", "0.1", "revoke", *ids]
-    done = subprocess.run(command, env=os.environ, cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=into(os.environ), cwd=tmp_path, capture_output=True, text=True, check=True)
     for sentence in (
         f"{ids[0]} is cancelled", f"run {run_id!r} has no step 'z'", "there is no run",
         f"{run_id} is a run: end it with 'ferrum runs cancel {run_id}'",
