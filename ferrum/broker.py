@@ -1,4 +1,4 @@
-"""How ferrum's messages are kept in Redis: Celery's broker and result backend, with keys of our own.
+"""Ferrum's messages in Redis: Celery's broker and result backend, with keys of our own.
 
 kombu's Redis transport is what other apps use, in the same process and on the same database. These are subclasses of
 it that only ferrum's app has: nothing of kombu is changed, and no other app's messages are touched.
@@ -785,7 +785,7 @@ class _Results:
 
 
 class Results(_Results, RedisBackend):  # type: ignore[misc]
-    """Those in Redis."""
+    """Results in Redis, under keys of our own."""
 
 
 class SentinelResults(_Results, SentinelBackend):  # type: ignore[misc]
@@ -816,7 +816,7 @@ BACKENDS: Final = {
 
 
 def silence_s() -> float:
-    """How long nothing may come through a connection before it is given up, whatever Celery's settings say."""
+    """Return how long nothing may come through a connection before it is given up, whatever Celery's settings say."""
     return timeout_of(settings().lease)
 
 
@@ -842,7 +842,7 @@ def task_names() -> frozenset[str]:
 
 
 def _read(raw: bytes, queue: str) -> dict[str, Any] | messages.Refused:
-    """What was taken from a queue."""
+    """Read what was taken from a queue."""
     text = messages.decoded(raw)
     if isinstance(text, messages.Refused):
         return text
@@ -852,7 +852,7 @@ def _read(raw: bytes, queue: str) -> dict[str, Any] | messages.Refused:
 
 
 def _heard(raw: bytes, exchange: str) -> dict[str, Any] | messages.Refused:
-    """What was broadcast."""
+    """Read what was broadcast."""
     text = messages.decoded(raw)
     if isinstance(text, messages.Refused):
         return text

@@ -130,7 +130,7 @@ def bury(
 
 
 def _kept(raw: bytes, size: int) -> tuple[str, bool]:
-    """What is kept of a message, and whether that is all of it."""
+    """Return what is kept of a message, and whether that is all of it."""
     if size > MAX_BYTES:
         return raw[:SAMPLE].decode(errors="backslashreplace"), False
     try:

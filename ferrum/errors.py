@@ -181,7 +181,7 @@ def words(error: BaseException) -> str:
 
 
 def bug(error: BaseException) -> str:
-    """What to say of an exception that nobody expected."""
+    """Return what to say of an exception that nobody expected."""
     return f"{type(error).__name__}: {words(error)} (a bug in ferrum or in a step type)"
 
 

@@ -41,11 +41,11 @@ class Uint(int):
 
 
 class Type(str):
-    """What `type(x)` gives."""
+    """The value of `type(x)`."""
 
 
 class Limits(NamedTuple):
-    """How much one evaluation may do."""
+    """The bounds of one evaluation."""
 
     #: Items that the macros go over.
     items: int
@@ -58,7 +58,7 @@ class Limits(NamedTuple):
 
 
 class Work:
-    """What one evaluation has done so far. Each method raises `Exceeded`."""
+    """The work of one evaluation so far. Each method raises `Exceeded`."""
 
     __slots__ = ("_built", "_indexes", "_items", "_limits", "_steps")
 
@@ -114,7 +114,7 @@ class Work:
                 self.build(self._limits.built + 1)
 
     def contains(self, items: list[Any], wanted: Any) -> bool:
-        """Whether a list has an item, without looking through it each time that it is asked."""
+        """Tell whether a list has an item, without looking through it each time that it is asked."""
         if len(items) <= 8:
             self.spend(4 * len(items))
             return any(equal(item, wanted, self) for item in items)
@@ -138,7 +138,7 @@ class Work:
 
 
 class Frame:
-    """What an expression is evaluated in: the scope, and what its macros have bound."""
+    """The scope of an evaluation, and what its macros have bound."""
 
     __slots__ = ("scope", "slots", "work")
 
@@ -176,7 +176,7 @@ class Program:
         return cls(parser.expression(), parser.slots)
 
     def run(self, scope: Mapping[str, Any], limits: Limits) -> Any:
-        """What it comes to. Raises one of `FAILURES`, or `Exceeded`."""
+        """Evaluate it. Raises one of `FAILURES`, or `Exceeded`."""
         work = Work(limits)
         value = self._code(Frame(scope, self._slots, work))
         if isinstance(value, list | dict):
@@ -203,12 +203,12 @@ _KINDS: Final[Sequence[tuple[type, str]]] = (
 
 
 def _kind(value: Any) -> str:
-    """What CEL calls the type of a value."""
+    """Return the name that CEL gives the type of a value."""
     return next((name for kind, name in _KINDS if isinstance(value, kind)), "null")
 
 
 def equal(one: Any, other: Any, work: Work) -> bool:
-    """Whether two values are the same: numbers of any type by what they are worth, all else by type and value."""
+    """Tell whether two values are the same: numbers of any type by what they are worth, all else by type and value."""
     if isinstance(one, list | dict):
         if type(one) is not type(other) or len(one) != len(other):
             return False
@@ -421,7 +421,7 @@ def _decided(conditions: Iterable[Code], frame: Frame, decisive: bool) -> bool:
 
 
 def _items(value: Any, work: Work) -> list[Any]:
-    """What a macro goes over."""
+    """Return the items that a macro goes over."""
     if isinstance(value, dict):
         work.over(len(value))
         return [shown_key(key) for key in value]
@@ -638,7 +638,7 @@ class _Parser:
         return run
 
     def _closing(self, at: int) -> int:
-        """Where the bracket closes that opens there."""
+        """Find where the bracket closes that opens there."""
         depth = 0
         while True:
             depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(self._tokens[at].text, 0)

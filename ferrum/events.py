@@ -202,7 +202,7 @@ class StepSkipped(_StepEvent):
 
 
 class StepCancelled(_StepEvent):
-    """What it is inside of goes on no longer, or its Celery task was revoked."""
+    """A step was cancelled: whatever it is inside of goes on no longer, or its Celery task was revoked."""
 
     type: Literal["step.cancelled"] = "step.cancelled"
     #: Who revoked it; `None` where it is a part of what goes on no longer.

@@ -245,7 +245,7 @@ class Holds:
             stop()
 
     def may_act(self, hold: _Hold) -> bool:
-        """Whether an act of it may begin: it is held for certain, and nobody asked it to stop."""
+        """Tell whether an act of it may begin: it is held for certain, and nobody asked it to stop."""
         with self._lock:
             if self._is_old(hold):
                 self.hear()
@@ -290,7 +290,7 @@ class Holds:
         return not hold.finishes and clock() - hold.renewed > self.limit_s
 
     def renewed(self, held: Sequence[Held], at: float) -> None:
-        """Those of these that are not lost are certain for a lease from then on, by `clock`."""
+        """Count these, but for the lost, as certain for a lease from then on, by `clock`."""
         with self._lock:
             for one in held:
                 if (hold := self._holds.get(one)) and not hold.lost:

@@ -11,7 +11,7 @@ _LAYERS: Final = 8
 
 
 def is_address(name: str) -> bool:
-    """Whether it is `module:function`, of names that are for others: none begins with `_`, and nothing has parts."""
+    """Tell whether it is `module:function`, of names that are for others: none begins with `_` or has parts."""
     module, _, function = name.partition(":")
     return all(part.isidentifier() and not part.startswith("_") for part in (*module.split("."), function))
 

@@ -544,7 +544,7 @@ _TOO_DEEP: Final = f"nested deeper than {MAX_DATA_NESTING} levels; only a plain 
 
 
 def _to_json(value: Any) -> JsonValue:
-    """What an expression came to, as JSON. Raises `ValueError` for what JSON cannot say."""
+    """Turn the value of an expression into JSON. Raises `ValueError` for what JSON cannot say."""
     level: list[Any] = [value]
     known = True
     for _ in range(MAX_DATA_NESTING):
@@ -564,7 +564,7 @@ def _to_json(value: Any) -> JsonValue:
 
 
 def _is_json(value: object) -> bool:
-    """Whether a scalar is JSON as it stands. Raises `ValueError` for one that JSON has nothing for."""
+    """Tell whether a scalar is JSON as it stands. Raises `ValueError` for one that JSON has nothing for."""
     match value:
         case Uint() | Type():
             return False

@@ -42,7 +42,7 @@ def clock() -> float:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether this process does not go on, by a signal or a debugger."""
+    """Tell whether this process does not go on, by a signal or a debugger."""
     try:
         if sys.platform == "linux":
             # The name, in parentheses, may have anything in it.
@@ -206,7 +206,7 @@ class Claim:
 
 
 class Keeper:
-    """What it knows, and what it does about it."""
+    """The keeper: its claims, and the renewals that they are due."""
 
     def __init__(self, config: dict[str, Any], wire: Wire, answer: Any, kill: Any, stopped: Any) -> None:
         """`answer` takes a line, `kill` the words to say before it ends the process, `stopped` says whether it is."""
@@ -348,7 +348,7 @@ class _Lines:
         os.set_blocking(pipe, False)
 
     def read(self) -> list[bytes] | None:
-        """Those that came; `None` at its end."""
+        """Return the ones that came; `None` at its end."""
         found: list[bytes] = []
         while True:
             try:

@@ -84,7 +84,7 @@ _ENDS = (SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError)
 
 
 def is_terminated(error: BaseException) -> bool:
-    """Whether a pool ends this process: the signal handler of its children leaves with the code -(256 - signal)."""
+    """Tell if a pool ends this process: the signal handler of its children leaves with the code -(256 - signal)."""
     return isinstance(error, SystemExit) and isinstance(error.code, int) and -256 < error.code < -128
 
 
@@ -104,7 +104,7 @@ def _words(error: BaseException) -> str:
 
 
 def contained(call: Callable[[], T]) -> T:
-    """What `call` returns. An exception that would end this process is a `StepError`: it may end only its step."""
+    """Make the call. An exception that would end this process is a `StepError`: it may end only its step."""
     try:
         return call()
     except _ENDS as error:
@@ -126,7 +126,7 @@ async def contained_on_loop(work: Awaitable[T]) -> T:
 
 
 def is_cancelled() -> bool:
-    """Whether somebody asked to cancel the task that runs here; if not, a `CancelledError` is its code's own."""
+    """Tell whether somebody asked to cancel the task that runs here; if not, a `CancelledError` is its code's own."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 

@@ -76,7 +76,7 @@ TOO_LONG: Final = Refused(f"the message has more than {MAX_BYTES:,} bytes")
 
 
 class _Wrong(Exception):
-    """What is wrong with a message, while it is read."""
+    """A message is wrong; raised while it is read."""
 
 
 def read(text: str, queue: str, tasks: Collection[str]) -> dict[str, Any] | Refused:
@@ -115,12 +115,12 @@ def step_of(task_id: str) -> tuple[str, str] | None:
 
 
 def is_run_id(text: str) -> bool:
-    """Whether a run may have this id."""
+    """Tell whether a run may have this id."""
     return _RUN_ID.fullmatch(text) is not None
 
 
 def is_message_id(text: str) -> bool:
-    """Whether a `ferrum.run` message may have this id."""
+    """Tell whether a `ferrum.run` message may have this id."""
     return _ID[1](text)
 
 
@@ -181,7 +181,7 @@ def _changed(text: str, change: Callable[[dict[str, Any]], object]) -> str:
 
 
 def arguments(given: Sequence[object], named: Mapping[str, object]) -> dict[str, Any] | str:
-    """What a `ferrum.run` is called with, by name, or what is wrong with it."""
+    """Return the arguments of a `ferrum.run`, by name, or a sentence on what is wrong with them."""
     try:
         return _arguments(given, named)
     except _Wrong as wrong:
@@ -442,7 +442,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 def _parts(kind: str, named: Mapping[str, Any]) -> list[Any]:
-    """What a chain, a group or a chord is made of."""
+    """Return the parts of a chain, a group or a chord."""
     if kind != "chord":
         return _list(named, "tasks")
     header = named.get("header")

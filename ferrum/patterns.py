@@ -55,11 +55,11 @@ class Pattern:
     places: int
 
     def search(self, text: str) -> bool:
-        """Whether it is found anywhere in a text."""
+        """Tell whether it is found anywhere in a text."""
         return _asked(self.rust, text)
 
     def price(self, text: str) -> int:
-        """What looking for it in a text takes at most, in the units of `cost`."""
+        """Return the most that looking for it in a text takes, in the units of `cost`."""
         return self.cost + len(text) * (self.places + 1) // 200
 
 
@@ -277,7 +277,7 @@ def _literal(character: str) -> str:
 
 
 def _weighed(source: str, heavy: int) -> tuple[int, int]:
-    """What the engine's reading of a pattern costs, and how many places it has, with its counted repetitions."""
+    """Return the cost of the engine's reading of a pattern, and its number of places, with counted repetitions."""
     # A level for each open group: (twice the cost, places) of all of it and of its last part.
     levels: list[list[tuple[int, int]]] = [[(30, 0), (0, 0)]]
     for piece in _pieces(source):
@@ -303,7 +303,7 @@ def _append(level: list[tuple[int, int]], part: tuple[int, int]) -> None:
 
 
 def _is_heavy(piece: _Piece) -> bool:
-    """Whether a part stands for thousands of characters, each in the one to four bytes that the engine goes by."""
+    """Tell whether a part stands for thousands of characters, each in the one to four bytes that the engine goes by."""
     if piece.kind == "class":
         return piece.text == "[^" or any(map(_is_heavy, piece.inside))
     if piece.kind == "escape":

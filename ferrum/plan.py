@@ -338,7 +338,7 @@ class Plan:
         self, run_id: str, key: str | None, given: str, *, priority: int | None = None, tenant: str | None = None,
         parent: tuple[str, str] | None = None, origin: tuple[str, str] | None = None, fed: frozenset[str] = frozenset(),
     ) -> NewRun:  # fmt: skip
-        """What the record needs to begin a run of this plan; `given` is the envelope of its input, `fed` as `Marks`."""
+        """Return all that the record needs to begin a run; `given` is the envelope of its input, `fed` as `Marks`."""
         workflow = self.workflow
         budget = workflow.budget
         limits = Limits(**budget.model_dump(exclude={"wall_time"})) if budget else Limits()
@@ -422,7 +422,7 @@ class Plan:
         )
 
     def _foreign(self, fed: frozenset[str]) -> frozenset[str]:
-        """What may hold text that somebody else wrote, where these inputs do: outputs and parameters of steps."""
+        """Return the outputs and parameters of steps that may hold text of somebody else, where these inputs do."""
         if fed not in self._tainted:
             self._tainted[fed] = _reached(self._flows(fed))
         return self._tainted[fed]
@@ -523,7 +523,7 @@ def _params(step_id: str) -> str:
 
 
 def _origins(step: PlannedStep, paths: Iterable[Path], fed: frozenset[str]) -> Iterator[str]:
-    """Where what these references of a step lead to comes from."""
+    """Return the origins of all that these references of a step lead to."""
     own = step.own_names
     for path in paths:
         if path[0] == "input":

@@ -1,4 +1,4 @@
-"""How steps are run in a worker: threads that can become more or fewer while it runs, or Celery's processes."""
+"""The pool that runs steps in a worker: threads that can become more or fewer while it runs, or Celery's processes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def choose(worker: Any) -> None:
 
 
 def _said(option: str) -> bool:
-    """Whether `celery worker` was given this option."""
+    """Tell whether `celery worker` was given this option."""
     context = click.get_current_context(silent=True)
     if context is None or context.command.name != "worker":
         return False

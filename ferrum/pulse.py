@@ -141,7 +141,7 @@ class Watch:
             self._end()
 
     def answers(self) -> list[Any]:
-        """What it said since."""
+        """Return the words that it said since."""
         with self._lock:
             if self._process is None:
                 return []
@@ -189,7 +189,7 @@ class Watch:
 
 
 def _where(redis_url: str) -> dict[str, Any]:
-    """What the URL says, as the keeper wants it; there is no parser in it."""
+    """Return the parts of the URL, as the keeper wants them; there is no parser in it."""
     if behind := watched(redis_url):
         asked = {"username": behind.sentinel_username, "password": behind.sentinel_password}
         return {

@@ -698,7 +698,7 @@ class Record(Connection):
             scripts.eval("revoked/add", _REVOKED, "", us(REVOKED_LIFE_S), _MOST_REVOKED, *some)
 
     def is_revoked(self, id: str) -> bool:
-        """Whether the message with this id was revoked."""
+        """Tell whether the message with this id was revoked."""
         scripts = Scripts(self._redis, self._patience_s)
         return bool(scripts.eval("revoked/has", _REVOKED, "", us(REVOKED_LIFE_S), id))
 
@@ -911,7 +911,7 @@ class Record(Connection):
         return str(digest)
 
     def marks(self, run_id: str) -> Marks:
-        """What the run marks text with. Raises `NotFound`."""
+        """Return the marks of the run. Raises `NotFound`."""
         marks = self._patiently(lambda: self._redis.hget(f"{base_of(run_id)}:run:{run_id}", "marks"))
         if marks is None:
             raise NotFound(f"there is no run {run_id!r}; it may have been removed after its time")
@@ -1064,7 +1064,7 @@ class Record(Connection):
         return any(self._patiently(lambda: self._at_once(count)))
 
     def asked(self, run_id: str | None = None) -> list[Asked]:
-        """What waits for a person, oldest first: of one run, or of all."""
+        """Return what waits for a person, oldest first: of one run, or of all."""
         bases = [base_of(run_id)] if run_id else _PARTITIONS
         found = [one for base in bases for one in self._asked_in(base)]
         return sorted((one for one in found if run_id in (None, one.run_id)), key=lambda one: one.since)

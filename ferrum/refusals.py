@@ -74,7 +74,7 @@ def _code(error: BaseException) -> str:
 
 
 def passes(error: BaseException) -> bool:
-    """Whether the same call may well succeed later: Redis is away, or refuses for now."""
+    """Tell whether the same call may well succeed later: Redis is away, or refuses for now."""
     if locked_out(error):
         return False
     away = (exceptions.ConnectionError, exceptions.TimeoutError)
@@ -82,12 +82,12 @@ def passes(error: BaseException) -> bool:
 
 
 def misplaced(error: object) -> bool:
-    """Whether a key is of another kind than it was asked for as."""
+    """Tell whether a key is of another kind than it was asked for as."""
     return isinstance(error, exceptions.ResponseError) and "WRONGTYPE" in str(error)
 
 
 def locked_out(error: BaseException) -> bool:
-    """Whether Redis does not let this user in, or not do this: redis-py counts some of it as connection errors."""
+    """Tell whether Redis does not let this user in, or not do this: redis-py counts some of it as connection errors."""
     kinds = (exceptions.AuthenticationError, exceptions.AuthorizationError, exceptions.NoPermissionError)
     return isinstance(error, kinds) or str(error).startswith("DENIED ")
 

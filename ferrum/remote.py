@@ -116,7 +116,7 @@ def _ids(given: Any) -> list[str]:
 
 
 def locked(url: str) -> bool:
-    """Whether who uses this URL of a broker has had to name a user or a password."""
+    """Tell whether this URL of a broker names a user or a password."""
     parts = urlsplit(url)
     return "@" in parts.netloc or not {"username", "password", "credential_provider"}.isdisjoint(parse_qs(parts.query))
 

@@ -53,7 +53,7 @@ _MOST_USD = 1e9
 
 
 class Usage(BaseModel):
-    """What something cost. Adding two is adding their fields.
+    """The cost of something. Adding two is adding their fields.
 
     Counters come from providers and are added up in Redis, so none is ever negative, more than a thousand million
     million, or anything but a number: such a one is the nearest that can be, and 0 where there is none.

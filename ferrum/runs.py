@@ -193,7 +193,7 @@ def _opened(envelope: str | None, store: Artifacts) -> JsonValue:
 
 
 def approvals(run_id: str | None = None) -> list[Approval]:
-    """What waits for a person, oldest first: of one run, or of all."""
+    """Return what waits for a person, oldest first: of one run, or of all."""
     asked = record().asked(run_id)
     begun = record().created(dict.fromkeys(one.run_id for one in asked))
     return [

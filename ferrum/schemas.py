@@ -45,7 +45,7 @@ class TooCostly(ValueError):
 
 
 class _Work:
-    """What one check has taken."""
+    """The work of one check so far."""
 
     __slots__ = ("_left", "lenient")
 
@@ -60,7 +60,7 @@ class _Work:
             raise TooCostly("it would take too long")
 
     def found(self, pattern: str, text: str, otherwise: bool) -> bool:
-        """Whether a pattern is in a text; `otherwise` for one that is passed over."""
+        """Tell whether a pattern is in a text; `otherwise` for one that is passed over."""
         known = self.pattern(pattern)
         if known is None:
             return otherwise
@@ -129,7 +129,7 @@ def _run(do: Callable[[], _T], *, lenient: bool) -> _T:
 
 @lru_cache(maxsize=128)
 def _fault(text: str, lenient: bool) -> str | None:
-    """What is wrong with a schema, written as JSON."""
+    """Return what is wrong with a schema, written as JSON."""
     schema = json.loads(text)
     try:
         return _run(lambda: _broken_rule(schema), lenient=lenient)

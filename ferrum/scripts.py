@@ -39,7 +39,7 @@ _T = TypeVar("_T")
 
 
 def timeout_of(lease_s: float) -> float:
-    """How long a connection to Redis may be silent: well below a lease, so that a dead one costs none."""
+    """Return how long a connection to Redis may be silent: well below a lease, so that a dead one costs none."""
     return min(TIMEOUT_S, lease_s / 4)
 
 
@@ -103,7 +103,7 @@ class Scripts:
         self._let_in = False
 
     def eval(self, name: str, key_base: str, *arguments: str | int) -> Any:
-        """What the script answers. Raises `Unavailable`; as `Misplaced` where the key is of another kind."""
+        """Run the script and return its answer. Raises `Unavailable`, and `Misplaced` for a key of another kind."""
         script = _script(self._folder, name)
 
         def once() -> Any:
@@ -122,7 +122,7 @@ class Scripts:
     def eval_each(
         self, name: str, key_bases: Sequence[str], *arguments: str | int, pass_over: bool = False
     ) -> list[Any]:
-        """What the script answers for each of these bases, in one round trip. Raises `Unavailable`.
+        """Run the script for each of these bases, in one round trip. Raises `Unavailable`.
 
         With `pass_over`, the error of one that has a key of another kind is its answer.
         """
@@ -149,7 +149,7 @@ class Scripts:
         return self.patiently(known)
 
     def patiently(self, call: Callable[[], _T]) -> _T:
-        """What `call` returns, once Redis answers and takes it. Raises `Unavailable` when it does not for too long.
+        """Make the call once Redis answers and takes it. Raises `Unavailable` when it does not for too long.
 
         A user that Redis does not let in is told at once; one that it knew before is waited for, as a password that is
         being changed is no reason to lose what was done.
@@ -171,7 +171,7 @@ class Scripts:
 
 
 def unavailable(error: BaseException) -> Unavailable:
-    """What to say of a Redis that is away, refuses for now, or lets nobody in."""
+    """Return what to say of a Redis that is away, refuses for now, or lets nobody in."""
     if isinstance(error, Refused):
         return Unavailable(f"{error}; look at its log and its replication")
     if locked_out(error):

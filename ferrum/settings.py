@@ -271,7 +271,7 @@ def hide(secrets: Iterable[str]) -> None:
 
 
 def says_secret(name: str) -> bool:
-    """Whether the name of a variable or of an option says that its value is a secret."""
+    """Tell whether the name of a variable or of an option says that its value is a secret."""
     return _SECRET_NAME.search(name.upper()) is not None
 
 

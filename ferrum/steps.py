@@ -59,12 +59,12 @@ class Attempt(Protocol):
         ...
 
     def now(self) -> float:
-        """What time it is for all workers, in seconds since 1970: Redis's, in `run_inline` that of its clock."""
+        """Return the time of all workers, in seconds since 1970: Redis's, in `run_inline` that of its clock."""
         ...
 
     @property
     def marks(self) -> Marks:
-        """What marks text in a prompt that somebody else wrote."""
+        """The marks of text in a prompt that somebody else wrote."""
         ...
 
     def signal(self) -> tuple[JsonValue] | None:
@@ -257,7 +257,7 @@ class StepType(ABC, Generic[P]):
         """
 
     def act(self, params: P) -> Act[Any] | None:
-        """What is decided on before `run`, for a type that does it itself, where it runs.
+        """Return the act that is decided on before `run`, for a type that does it itself, where it runs.
 
         `None` where `run` asks for whatever it does by `Attempt.perform`.
         """

@@ -38,7 +38,7 @@ _ROLES: Final = frozenset({"system", "user", "assistant"})
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """What the marks of one run are made with: the same in all of its steps, attempts and turns."""
+    """The secret that marks of one run are made with: the same in all of its steps, attempts and turns."""
 
     secret: str
     #: The inputs of the run that hold text which somebody else wrote, as a step of another run says; `*` for all.
@@ -75,7 +75,7 @@ class Marks:
         ]
 
     def marked(self, value: JsonValue, origin: str, found: JsonValue = None) -> str | None:
-        """What to write for a value that is from `origin`; `None` for what holds no text.
+        """Return the text to write for a value that is from `origin`; `None` for what holds no text.
 
         `found` is all that it may be a part of: a text of documents there has their sources, any other one its origin.
         Documents as `retrieval` gives them are written one by one, each with its source and place. The mark in the tags

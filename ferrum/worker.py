@@ -1,4 +1,4 @@
-"""What runs beside the steps in a worker: the sweeper that repairs, custody of messages, the stop."""
+"""The parts of a worker that run beside the steps: the sweeper that repairs, custody of messages, the stop."""
 
 from __future__ import annotations
 
@@ -287,7 +287,7 @@ def install(app: Celery, process: Process) -> None:
 
 
 def _in_background(call: Callable[..., None], *arguments: object) -> None:
-    """What asks Redis patiently is not waited for by a worker's consumer."""
+    """Start what asks Redis patiently on a thread: a worker's consumer does not wait for it."""
     threading.Thread(target=call, args=arguments, name="ferrum-revoke", daemon=True).start()
 
 

@@ -85,7 +85,7 @@ def reject(run_id: str, step_id: str | None, *, digest: str | None, note: str, b
 
 
 def _waiting(run_id: str, step_id: str | None) -> Approval | None:
-    """What is asked by this step, or by the only one that asks; `None` where nothing or more than one thing is."""
+    """Return what this step asks, or the only one that asks; `None` where nothing or more than one thing is asked."""
     from ferrum.runs import approvals as waiting
 
     found = [one for one in Here().do(lambda: waiting(run_id)) if step_id in (None, one.step_id)]

@@ -19,7 +19,7 @@ _LIKE: Final = 0.8
 
 
 def nearest(kind: str, target: str) -> str | None:
-    """What to write in place of `target`; `None` where an act of this kind may match it."""
+    """Return what to write in place of `target`; `None` where an act of this kind may match it."""
     return _NEAREST[kind](target)
 
 
@@ -67,7 +67,7 @@ def _task(target: str) -> str | None:
 
 
 def _split(target: str, separator: str) -> tuple[str, str, str]:
-    """What is before the first separator or star, which of them it is, and the rest; without either, no mark."""
+    """Split at the first separator or star: before, the mark, after; without either, the mark is empty."""
     found = re.search(rf"[*{re.escape(separator)}]", target)
     return (target[: found.start()], found[0], target[found.end() :]) if found else (target, "", "")
 

@@ -90,7 +90,7 @@ def _name_of(user: int) -> str:
 
 
 def _is_private(group: int) -> bool:
-    """Whether nobody but this user and root is in a group: where each user has one, files are writable by theirs."""
+    """Tell whether only this user and root are in a group: where each user has one, files are writable by it."""
     if group == 0:
         return True
     try:

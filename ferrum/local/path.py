@@ -1,4 +1,4 @@
-"""Where Python looks for modules: never first, and mostly not at all, in the directory that one stands in.
+"""Python's search path for modules: never first, and mostly without, the directory that one stands in.
 
 Imports nothing that is not in every interpreter from its start, for until `leave_here` anything may be a stranger's.
 """

@@ -25,7 +25,7 @@ def tied(command: Sequence[str]) -> list[str]:
 
 
 def findable(environ: Mapping[str, str]) -> dict[str, str]:
-    """What lets an interpreter find a ferrum that runs from a checkout, beside its `PYTHONPATH`; nothing if installed.
+    """Return the variables that let an interpreter find a ferrum in a checkout, beside its `PYTHONPATH`, if any.
 
     For `python -P`, which does not look where it stands.
     """

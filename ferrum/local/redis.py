@@ -341,7 +341,7 @@ def serve(home: Path, port: int | None, ready: Callable[[str], None]) -> None:
 
 
 def answers(url: str) -> bool:
-    """Whether a Redis at this URL lets us in and answers within five seconds, were it that it refuses for now."""
+    """Tell whether a Redis at this URL lets us in and answers within five seconds, were it that it refuses for now."""
     try:
         _ping(url)
     except redis.exceptions.RedisError as error:

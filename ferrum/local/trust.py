@@ -49,7 +49,7 @@ class Found:
         return hashlib.sha256(os.fsencode(self.path) + b"\0" + self.content).hexdigest()
 
     def trusted(self, home: Path) -> bool:
-        """Whether somebody has seen it as it is now. Raises `Unavailable` for a home that others may have written."""
+        """Tell if somebody has seen it as it is now. Raises `Unavailable` for a home that others may have written."""
         return read_own(_mark(own(home), self)) is not None
 
     def trust(self, home: Path) -> None:

@@ -223,7 +223,7 @@ def _spec(tool: Tool) -> ToolSpec:
 
 
 def _fits(arguments: Mapping[str, JsonValue], schema: Mapping[str, JsonValue]) -> bool:
-    """Whether a tool may take these arguments; also where that cannot be told from its schema."""
+    """Tell whether a tool may take these arguments; also where that cannot be told from its schema."""
     try:
         schemas.check(schema, lenient=True)
         return not schemas.errors(schema, dict(arguments), lenient=True)
@@ -232,7 +232,7 @@ def _fits(arguments: Mapping[str, JsonValue], schema: Mapping[str, JsonValue]) -
 
 
 def _wrong(result: CallToolResult, spec: ToolSpec) -> str | None:
-    """How a result breaks the schema that its tool promised, patterns that cannot be looked for left out."""
+    """Say how a result breaks the schema that its tool promised, patterns that cannot be looked for left out."""
     if spec.output_schema is None:
         return None
     if result.structured_content is None:

@@ -300,7 +300,7 @@ class _Reader:
 
 
 def _secret_value(name: str, value: str) -> set[str]:
-    """What of a value in a server's environment is secret: all of it, unless its name or its look says otherwise."""
+    """Return the secret part of a value in a server's environment: all, unless its name or its look says otherwise."""
     if says_secret(name):
         return {value} if len(value) >= 4 else set()
     if "://" in value:

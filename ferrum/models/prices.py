@@ -131,7 +131,7 @@ def estimate(call: ModelCall | Embedding) -> Usage:
 
 
 def believed(model: str, what: str, said: object, instead: int) -> tuple[int, tuple[str, ...]]:
-    """How many tokens to count where a provider says so many, and a sentence where it is something else."""
+    """Return how many tokens to count where a provider says so many, and a sentence where it is something else."""
     amount = "no whole number of"
     if isinstance(said, int) and not isinstance(said, bool):
         if 0 <= said <= _MOST_TOKENS:
