@@ -6,7 +6,6 @@ connection error that it amounts to. So all that waits for a Redis that is away 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -92,44 +91,12 @@ def locked_out(error: BaseException) -> bool:
     return isinstance(error, kinds) or str(error).startswith("DENIED ")
 
 
-#: Where nothing came in time, and when that was last found: a connection there that has not been heard of since is made
-#: anew before it is used.
-_silent: dict[tuple[object, object], float] = {}
-
-
 class _Patient:
     """A connection of redis-py that raises `Refused` for a refusal that passes."""
 
-    _sock: Any
-    #: When it was last heard of.
-    _heard = 0.0
-
-    def connect(self) -> None:
-        # Each of a pool would be waited for anew until it is found to be dead, too.
-        if self._sock is not None and self._heard < _silent.get(self._place(), 0) and not self._has_come():
-            self.disconnect()  # type: ignore[attr-defined]
-        if self._sock is None:
-            self._heard = time.monotonic()
-        super().connect()  # type: ignore[misc] # of the class that it is mixed into
-
-    def _has_come(self) -> bool:
-        """Whether there is something to read, be it its end: whoever reads it would wait for it on a new one."""
-        try:
-            return bool(self.can_read(timeout=0))  # type: ignore[attr-defined]
-        except (exceptions.ConnectionError, OSError):
-            return True
-
-    def _place(self) -> tuple[object, object]:
-        return getattr(self, "path", None) or getattr(self, "host", None), getattr(self, "port", None)
-
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            answer = super().read_response(*args, **kwargs)  # type: ignore[misc]
-            self._heard = time.monotonic()
-            return answer
-        except exceptions.TimeoutError:
-            _silent[self._place()] = time.monotonic()
-            raise
+            return super().read_response(*args, **kwargs)  # type: ignore[misc] # of the class that it is mixed into
         except (exceptions.ResponseError, exceptions.BusyLoadingError) as error:
             self._translate(error)
 

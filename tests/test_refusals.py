@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import select
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +22,7 @@ from ferrum.record import Record, new_run_id
 from ferrum.refusals import Refused, locked_out, passes, refusal
 from ferrum.results import RunStatus
 from ferrum.schedules import Beat
-from ferrum.scripts import CONNECT_TIMEOUT_S, client_of
+from ferrum.scripts import CONNECT_TIMEOUT_S
 from ferrum.testing.proxy import Proxy
 from ferrum.testing.refusing import REFUSALS, refused
 
@@ -268,67 +266,3 @@ def test_whoever_waits_for_a_run_with_a_limit_waits_no_longer_for_redis(
     run_id = ferrum.submit({"name": "x", "steps": {"a": {"type": "approval", "message": "go on?"}}})
     with REFUSALS["MASTERDOWN"](client), pytest.raises(Unavailable):
         ferrum.wait(run_id, timeout_s=0.5)
-
-
-def test_what_one_connection_has_found_silent_is_waited_for_by_no_other(redis_url: str) -> None:
-    with Proxy(redis_url) as proxy:
-        client = client_of(proxy.url, timeout_s=0.5)
-        pool = client.connection_pool
-        # As threads have them.
-        several = [pool.get_connection() for _ in range(4)]
-        for connection in several:
-            pool.release(connection)
-        proxy.go_silent()
-        with pytest.raises(redis.exceptions.TimeoutError):
-            client.ping()
-        assert pinged(pool, 4) == ["PONG"] * 4
-        # What answers stays as it is.
-        sockets = {connection._sock for connection in several}
-        assert pinged(pool, 4) == ["PONG"] * 4
-        assert {connection._sock for connection in several} == sockets
-        pool.disconnect()
-        client.close()
-
-
-def test_what_has_come_is_read_though_another_connection_was_found_silent(redis_url: str) -> None:
-    """A worker's loop reads what it is told: on a new connection it would wait for it for ever."""
-    with Proxy(redis_url) as proxy, client_of(redis_url) as there:
-        client = client_of(proxy.url, timeout_s=0.5)
-        heard = client.pubsub()
-        heard.subscribe("news")
-        assert heard.parse_response()[0] == "subscribe"
-        sock = heard.connection._sock
-        with pytest.raises(redis.exceptions.TimeoutError):
-            client.blpop(["nothing"], timeout=5)
-        there.publish("news", "hello")
-        eventually(lambda: heard.connection.can_read(timeout=0))
-        assert heard.parse_response()[2] == "hello"
-        assert heard.connection._sock is sock
-        with pytest.raises(redis.exceptions.TimeoutError):
-            client.blpop(["nothing"], timeout=5)
-        # So is its end.
-        proxy.cut()
-        eventually(lambda: has_something(sock))
-        heard.connection.connect()
-        with pytest.raises(redis.exceptions.ConnectionError):
-            heard.connection.read_response()
-        heard.close()
-        client.close()
-        client.connection_pool.disconnect()
-
-
-def has_something(sock: socket.socket) -> bool:
-    """Whether there is something to read on it."""
-    return bool(select.select([sock], [], [], 0)[0])
-
-
-def pinged(pool: redis.ConnectionPool, count: int) -> list[Any]:
-    """The answers to a ping on so many connections at once."""
-    several: list[Any] = [pool.get_connection() for _ in range(count)]
-    answers = []
-    for connection in several:
-        connection.send_command("PING", check_health=False)
-        answers.append(connection.read_response())
-    for connection in several:
-        pool.release(connection)
-    return answers
