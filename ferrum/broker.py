@@ -552,7 +552,8 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
     def _receive_one(self, c: Any) -> bool:
         # kombu lets what it cannot read end the loop over what has come with it, which then waits for more to come.
         try:
-            response = c.parse_response()
+            # Not waiting: a connection that was dropped meanwhile is made anew here, and nothing has come on it.
+            response = c.parse_response(block=False, timeout=0)
         except self.connection_errors:
             self._in_listen = None
             raise
