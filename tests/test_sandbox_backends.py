@@ -242,6 +242,24 @@ def test_a_cancelled_run_is_over_at_once(kind: Kind) -> None:
     assert not [place for place in ours(kind).iterdir() if str(os.getpid()) in _holders(place / "lock")]
 
 
+def test_two_workers_of_a_machine_have_sandboxes_at_the_same_time(kind: Kind) -> None:
+    async def story() -> None:
+        one, other = (Sandboxes(kind, warm=0) for _ in range(2))
+        up = asyncio.Event()
+        act = CodeRun(code="import time; print('up'); time.sleep(999)", timeout_s=999)
+        task = asyncio.create_task(one.run(act, {}, lambda stream, text: up.set()))
+        await up.wait()
+        reply = await other.run(CodeRun(code="print(1)"), {}, lambda stream, text: None)
+        assert reply.stdout == "1\n"
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await one.aclose()
+        await other.aclose()
+
+    asyncio.run(story())
+
+
 def start(backend: Backend) -> Cell:
     """A sandbox that was told nothing yet; in a thread of its own, for that gets a view of its own of the files."""
     backend.check()

@@ -61,7 +61,8 @@ class GVisor(Backend):
             self._ours = skeleton.Ours("gvisor")
             skeleton.fill(self._ours.directory("root"))
         skeleton.points(self._ours.path / "root", box.runtime, self._ours)
-        name = f"box-{next(self._turns)}"
+        # Its own on the whole machine: runsc listens at this name, outside of any directory.
+        name = f"{self._ours.path.name}-{next(self._turns)}"
         bundle = self._ours.directory(name)
         (bundle / "config.json").write_text(json.dumps(self.config(box, self._ours)))
         (bundle / "config.json").chmod(0o644)
