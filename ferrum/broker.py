@@ -17,6 +17,7 @@ import itertools
 import logging
 import math
 import random
+import select
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -237,15 +238,18 @@ class QoS(kombu_redis.QoS):  # type: ignore[misc] # kombu is untyped
         virtual.QoS.append(self, message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
-        self.channel.forget(delivery_tag)
-        virtual.QoS.ack(self, delivery_tag)
+        self._end(delivery_tag, self.channel.forget)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
-        if requeue:
-            self.restore_by_tag(delivery_tag, leftmost=True)
+        self._end(delivery_tag, partial(self.restore_by_tag, leftmost=True) if requeue else self.channel.forget)
+
+    def _end(self, delivery_tag: str, tell: Callable[[str], object]) -> None:
+        try:
+            tell(delivery_tag)
+        finally:
+            # Where Redis does not hear of it, nobody renews it any more, and another worker will look at it once: kept
+            # here, it would be renewed, and take the place of another message, for as long as the connection lives.
             virtual.QoS.ack(self, delivery_tag)
-        else:
-            self.ack(delivery_tag)
 
     def restore_visible(self, start: int = 0, num: int | None = None, interval: int | None = 1) -> None:
         """Put back what nobody has renewed for the visibility timeout, and what was taken for a lost answer."""
@@ -472,7 +476,7 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
         asked_for = now - self._brpop_sent_at
         if self._waiting and asked_for >= self.brpop_timeout:
             self._in_poll, self._waiting = None, False
-        elif not self._waiting and asked_for >= self._answer_s and not connection.can_read(timeout=0):
+        elif not self._waiting and asked_for >= self._answer_s and not _has_come(connection._sock):
             log.warning("Redis has not answered for %.0f s: connecting anew", asked_for)
             connection.disconnect()
 
@@ -627,6 +631,15 @@ class Poller(kombu_redis.MultiChannelPoller):  # type: ignore[misc]
         now = time.monotonic()
         waits = [channel._ask_from - now for channel in self._channels if channel._ask_from > now]
         return super().get(callback, min([*waits, 1.0, math.inf if timeout is None else timeout]))
+
+
+def _has_come(sock: Any) -> bool:
+    """Whether a socket has something to read: not what was read from it before the question, and waits for a turn."""
+    if sock is None:
+        return False
+    look = select.poll()
+    look.register(sock, select.POLLIN)
+    return bool(look.poll(0))
 
 
 def _nothing() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import socket
 import threading
 import time
@@ -25,7 +26,7 @@ import ferrum
 from ferrum import broker
 from ferrum.broker import UNACKED, UNACKED_INDEX, OwnConnection, SentinelTransport, Transport, renew
 from ferrum.dead_letters import SAMPLE
-from ferrum.local.redis import celery_url
+from ferrum.local.redis import PrivateRedis, celery_url
 from ferrum.messages import MAX_BYTES
 from ferrum.record import base_of, new_run_id
 from ferrum.results import RunStatus
@@ -344,6 +345,50 @@ def test_a_channel_that_closes_puts_back_what_it_has_and_what_was_on_its_way(cha
     kept: Any = client.lrange("ferrum", 0, -1)
     assert sorted(json.loads(text)["headers"]["id"] for text in kept) == sorted(sent)
     assert not client.hlen(UNACKED)
+
+
+@pytest.mark.parametrize("end", ["ack", "reject", "requeue"])
+def test_a_message_whose_end_redis_does_not_hear_of_holds_no_place_and_comes_again(
+    channel: Any, client: redis.Redis, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise redis.exceptions.TimeoutError
+
+    channel.basic_qos(0, 1, False)
+    push(client)
+    message = channel.basic_get("ferrum")
+    channel.qos.append(message, message.delivery_tag)
+    assert not channel.qos.can_consume()
+    with monkeypatch.context() as patched:
+        patched.setattr(channel, "run", away)
+        with pytest.raises(redis.exceptions.TimeoutError):
+            getattr(message, end)()
+    assert channel.qos.can_consume()
+    client.zadd(UNACKED_INDEX, {message.delivery_tag: 0})
+    channel.qos.restore_visible()
+    assert channel.basic_get("ferrum").body == message.body
+
+
+def test_what_was_told_before_a_question_is_not_taken_for_its_answer(channel: Any, redis_server: PrivateRedis) -> None:
+    channel.basic_consume("ferrum", no_ack=False, callback=lambda _: None, consumer_tag="c")
+    channel.connection.cycle.on_poll_start()
+    asked = channel.client.connection
+    # That somebody has written to a list came with the answer before, and waits for a turn.
+    asked._parser._reader.feed(b">2\r\n$10\r\ninvalidate\r\n*1\r\n$6\r\nferrum\r\n")
+    eventually(lambda: broker._has_come(asked._sock))
+    channel.look_after(time.monotonic() + channel._answer_s)
+    assert asked._sock is not None, "its answer has come"
+    with contextlib.suppress(Empty):
+        channel.connection.cycle.on_readable(asked._sock.fileno())
+    asked._parser._reader.feed(b">2\r\n$10\r\ninvalidate\r\n*1\r\n$6\r\nferrum\r\n")
+    os.kill(redis_server.pid, signal.SIGSTOP)
+    try:
+        channel._in_poll, channel._waiting, channel._ask_from = None, False, 0
+        channel.connection.cycle.on_poll_start()
+        channel.look_after(time.monotonic() + channel._answer_s)
+        assert asked._sock is None
+    finally:
+        os.kill(redis_server.pid, signal.SIGCONT)
 
 
 def test_a_message_is_put_back_when_nobody_has_renewed_it_and_only_then(channel: Any, client: redis.Redis) -> None:
