@@ -16,11 +16,12 @@ if redis.call('HEXISTS', plan_key, ' doc') == 0 then return { 'plan' } end
 local depth, of_run = 1, tonumber(ARGV[12])
 if ARGV[14] ~= '' then
   local parent, step = string.match(ARGV[14], '^(%S+) (%S+)$')
-  local deep
-  deep, of_run = unpack(redis.call('HMGET', base .. ':run:' .. parent, 'depth', 'lane'))
+  local deep = redis.call('HGET', base .. ':run:' .. parent, 'depth')
   open(parent)
   -- Cancelled or too late, while its worker got here: nobody would end what begins now.
   local gone = not live(node(step)) or ENDED[load(step).s]
+  -- As its step is served: behind, where that is of a wide fan-out and not of its first items.
+  if not gone then of_run = lane_of(step) end
   open(ARGV[1])
   if gone then return { 'gone' } end
   plan_key = base .. ':plan:' .. ARGV[4]
