@@ -24,9 +24,8 @@ broker_transport_options: dict[str, Any] = {
     "unacked_restore_interval": 5,
     "unacked_restore_throttle": 1,
     "max_connections": 500,
-    # A list for each priority of a run, 0 first, and within one the queues in turn.
+    # A list for each priority of a run, 0 first. Within one, ferrum's broker serves the queues in turn.
     "priority_steps": list(range(10)),
-    "queue_order_strategy": "priority",
     # How long a connection may be silent before it is given up and made anew goes by `FERRUM_LEASE`.
     "socket_keepalive": True,
 }

@@ -219,6 +219,29 @@ def warn_of_others(channel: Channel) -> None:
         )  # fmt: skip
 
 
+class _InTurn:
+    """The queues that a channel asks for, with those first that were longest not served.
+
+    kombu's `priority` serves a queue for as long as it has something, and others of the same lane never. Its
+    `round_robin` comes by as many orders as there are; here there is one for each queue, so that a question is packed
+    once.
+    """
+
+    def __init__(self) -> None:
+        self._queues: list[str] = []
+        self._first = 0
+
+    def update(self, queues: Iterable[str]) -> None:
+        self._queues, self._first = sorted(queues), 0
+
+    def consume(self, n: int) -> list[str]:
+        return (self._queues[self._first :] + self._queues[: self._first])[:n]
+
+    def rotate(self, served: str) -> None:
+        if served in self._queues:
+            self._first = (self._queues.index(served) + 1) % len(self._queues)
+
+
 class _Keys:
     """Keys in Redis beside the queues, under names that are not those of other Celery apps."""
 
@@ -307,10 +330,11 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
         self._send_script = True
         #: When a list that is none is named again.
         self._say_from = 0.0
-        self._question: tuple[tuple[bool, tuple[str, ...]], bytes] | None = None
+        self._questions: dict[tuple[bool, tuple[str, ...]], bytes] = {}
         #: A question that has no answer after this long has none coming: its connection is given up.
         self._answer_s = silence_s()
         super().__init__(*args, **kwargs)
+        self._queue_cycle = _InTurn()
         # Where nothing comes, so long passes until it is asked whether Redis is there.
         self.brpop_timeout: float = min(self.connection.brpop_timeout, silence_s())
 
@@ -357,9 +381,9 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
         connection.send_packed_command([self._packed(queues), _bulk(tag.encode()), _LIMITS_PACKED], check_health=False)
 
     def _packed(self, queues: list[str]) -> bytes:
-        """The question, but for its tag: the same each time, as long as the queues are."""
+        """The question, but for its tag: the same for each order of the queues."""
         asked = (self._send_script, tuple(queues))
-        if self._question is None or self._question[0] != asked:
+        if (packed := self._questions.get(asked)) is None:
             lists = [self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues]
             keys = [self.unacked_key, self.unacked_index_key, *lists]
             kept = "".join("0" if self._is_unkept(queue) else "1" for queue in queues)
@@ -367,8 +391,8 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
             parts = [*script, str(len(keys)), *(self.global_keyprefix + key for key in keys)]
             parts.append(kept if "0" in kept else "")
             packed = b"*%d\r\n" % (len(parts) + 1 + len(_LIMITS)) + b"".join(_bulk(part.encode()) for part in parts)
-            self._question = (asked, packed)
-        return self._question[1]
+            self._questions[asked] = packed
+        return packed
 
     def _is_unkept(self, queue: str) -> bool:
         return not self.ack_emulation or queue in self._unkept
@@ -490,7 +514,7 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
 
     def basic_consume(self, queue: str, no_ack: bool, *args: Any, **kwargs: Any) -> Any:
         (self._unkept.add if no_ack else self._unkept.discard)(queue)
-        self._question = None
+        self._questions.clear()
         return super().basic_consume(queue, no_ack, *args, **kwargs)
 
     # A queue's name is all that a message of ours needs to find it. kombu writes down which are bound, as others need.

@@ -473,3 +473,18 @@ def test_a_connection_is_given_up_well_within_a_lease_however_short_it_is(
                 assert channel.brpop_timeout + channel._answer_s <= lease_s / 2
         finally:
             app.close()
+
+
+def test_the_next_question_begins_behind_the_queue_that_was_served() -> None:
+    from ferrum.broker import _InTurn
+
+    queues = _InTurn()
+    queues.update(["c", "a", "b"])
+    assert queues.consume(3) == ["a", "b", "c"]
+    queues.rotate("b")
+    assert queues.consume(3) == ["c", "a", "b"]
+    # One that is no longer asked for, whose last message is still on its way.
+    queues.rotate("gone")
+    assert queues.consume(3) == ["c", "a", "b"]
+    queues.rotate("c")
+    assert queues.consume(3) == ["a", "b", "c"]
