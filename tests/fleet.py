@@ -21,6 +21,9 @@ from ferrum.results import RunStatus
 
 T = TypeVar("T")
 
+#: Those of this test process that have workers.
+_fleets: set[Fleet] = set()
+
 #: How long a test waits for what has to come. Nothing is proved by it: it only ends a test that would wait for ever,
 #: and a machine that has much else to do may need a good part of it.
 PATIENCE_S = 120.0
@@ -67,6 +70,16 @@ class Fleet:
         eventually(ready, timeout_s=PATIENCE_S)
         return worker
 
+    def start_alone(self, *options: str, **environ: str) -> Forked:
+        """Start a worker that does all there is to do, as none of another fleet takes a part of it."""
+        url = self.environ["FERRUM_REDIS_URL"]
+        beside = [one for one in _fleets - {self} if one.environ["FERRUM_REDIS_URL"] == url and one.lives()]
+        assert not beside, f"another worker is at it, and what it does proves nothing here: {beside[0].home}"
+        return self.start(*options, **environ)
+
+    def lives(self) -> bool:
+        return any(worker.poll() is None for worker in self.workers)
+
     def launch(self, *options: str, command: tuple[str, ...] = ("ferrum.start_worker",), **environ: str) -> Forked:
         """Start a worker and wait for nothing."""
         with self.log(len(self.workers)).open("wb") as out:
@@ -77,12 +90,14 @@ class Fleet:
                 stdout=out,
             )
         self.workers.append(worker)
+        _fleets.add(self)
         return worker
 
     def log(self, number: int) -> Path:
         return self.home / f"worker-{number}.log"
 
     def stop(self) -> None:
+        _fleets.discard(self)
         for worker in self.workers:
             if worker.poll() is None:
                 worker.send_signal(signal.SIGTERM)

@@ -56,22 +56,22 @@ def assert_each_ended_as_it_said(run_id: str, task: str) -> None:
     assert not happened(run_id, "step.lost")
 
 
-@pytest.mark.parametrize("task", ["user.leave", "user.leave_later"])
-def test_a_task_that_leaves_ends_its_attempt_and_the_worker_lives(worker: Fleet, task: str) -> None:
-    run_id = ferrum.submit(workflow(task))
-    assert_each_ended_as_it_said(run_id, task)
-    assert [process.poll() for process in worker.workers] == [None]
-
-
 def test_a_task_that_leaves_in_a_process_of_a_pool_does_not_end_that(redis_url: str, tmp_path: Path) -> None:
     fleet = Fleet(redis_url, tmp_path)
     try:
-        fleet.start("-P", "processes", "-c", "2", "-Q", "ferrum.task")
+        fleet.start_alone("-P", "processes", "-c", "2", "-Q", "ferrum.task")
         run_id = ferrum.submit(workflow("user.leave"))
         assert_each_ended_as_it_said(run_id, "user.leave")
         assert "exited prematurely" not in fleet.log(0).read_text()
     finally:
         fleet.stop()
+
+
+@pytest.mark.parametrize("task", ["user.leave", "user.leave_later"])
+def test_a_task_that_leaves_ends_its_attempt_and_the_worker_lives(worker: Fleet, task: str) -> None:
+    run_id = ferrum.submit(workflow(task))
+    assert_each_ended_as_it_said(run_id, task)
+    assert [process.poll() for process in worker.workers] == [None]
 
 
 def test_an_exit_that_may_pass_is_tried_again(worker: Fleet) -> None:

@@ -11,7 +11,7 @@ from zlib import crc32
 
 import pytest
 import redis
-from fleet import Fleet, ended, happened, lane
+from fleet import Fleet, ended, eventually, happened, lane
 from sizes import sized
 
 import ferrum
@@ -91,7 +91,17 @@ def keys_of_few_partitions() -> Iterator[str]:
     return (key for number in count() if crc32((key := f"key {number}").encode()) % PARTITIONS < 3)
 
 
-def test_every_message_of_a_run_comes_in_the_lane_of_the_run(clean_redis: str, worker: Fleet) -> None:
+@pytest.fixture
+def fleet(clean_redis: str, tmp_path: Path) -> Iterator[Fleet]:
+    """A fleet of the test's own: a worker that serves all tests of the file would take what is to wait."""
+    fleet = Fleet(clean_redis, tmp_path, {"FERRUM_RESEND_AFTER": "1", "FERRUM_SWEEP": "0.1"})
+    try:
+        yield fleet
+    finally:
+        fleet.stop()
+
+
+def test_every_message_of_a_run_comes_in_the_lane_of_the_run(fleet: Fleet) -> None:
     asking = {"type": "task", "task": "user.lane"}
     steps = {
         "a": asking, "b": {**asking, "needs": ["a"]}, "c": {**asking, "needs": ["a"]},
@@ -100,10 +110,20 @@ def test_every_message_of_a_run_comes_in_the_lane_of_the_run(clean_redis: str, w
         "i": {"type": "workflow", "workflow": flow({"x": asking, "y": {**asking, "needs": ["x"]}}), "needs": ["h"]},
     }  # fmt: skip
     run_id = ferrum.submit(flow(steps), priority=2)
+    fleet.start_alone()
     ended(run_id)
     every = [step for one in runs.record().runs() for step in runs.show(one.run_id).steps]
     came = {step.step_id: step.output for step in every if step.step_id not in ("h", "i")}
     assert came == dict.fromkeys(["a", "b", "c", "d", "e", "f", "g", "h.0", "h.1", "x", "y"], 7)
+
+
+def test_runs_inside_a_wide_fan_out_are_served_as_its_items_are(fleet: Fleet) -> None:
+    inside = flow({"x": {"type": "task", "task": "user.lane"}}, outputs={"lane": "{{ x }}"})
+    each = {"type": "workflow", "workflow": inside, "for_each": "{{ input.items }}"}
+    work = flow({"each": each}, inputs={"items": {"type": "array"}}, outputs={"lanes": "{{ each[*].lane }}"})
+    run_id = ferrum.submit(work, {"items": list(range(103))})
+    fleet.start_alone()
+    assert ended(run_id).outputs == {"lanes": [4] * 100 + [9] * 3}
 
 
 def sent_by_the_record(run_id: str) -> int:
@@ -111,9 +131,14 @@ def sent_by_the_record(run_id: str) -> int:
     return len({event.step for event in happened(run_id, "step.started")}) + len(happened(run_id, "step.resumed"))
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+def messages_needed() -> int:
+    every = [one.run_id for one in runs.record().runs(limit=10_000)]
+    return sum(map(sent_by_the_record, every))
+
+
+@pytest.mark.parametrize("threads", [(1,), (3,), (1, 2, 2)], ids=["one thread", "three", "three workers"])
 def test_each_step_is_sent_once_however_long_it_waits(
-    client: redis.Redis, clean_redis: str, tmp_path: Path, threads: int
+    client: redis.Redis, fleet: Fleet, threads: tuple[int, ...]
 ) -> None:
     messages = Messages(client)
     found = [ferrum.submit(WIDE, {"items": list(range(130))})]
@@ -122,26 +147,42 @@ def test_each_step_is_sent_once_however_long_it_waits(
         found.append(
             ferrum.submit(shapes[number % 6], key=key, priority=(4, 4, 4, 7, 0)[number % 5], tenant=f"t{number % 2}")
         )
-    fleet = Fleet(clean_redis, tmp_path, {"FERRUM_RESEND_AFTER": "1", "FERRUM_SWEEP": "0.1"})
-    try:
-        fleet.start("-c", str(threads))
-        assert {ended(run_id).status for run_id in found} == {RunStatus.COMPLETED}
-    finally:
-        fleet.stop()
-    every = [one.run_id for one in runs.record().runs(limit=10_000)]
-    steps = sum(map(sent_by_the_record, every))
-    assert messages.sent() == steps
+    for concurrency in threads:
+        fleet.start_alone("-c", str(concurrency))
+    assert {ended(run_id).status for run_id in found} == {RunStatus.COMPLETED}
+    assert messages.sent() == messages_needed()
 
 
-def test_who_has_hundreds_of_runs_waiting_holds_up_nobody_who_has_five(client: redis.Redis) -> None:
-    from ferrum.celery import app
-
-    many = {ferrum.submit(CHAIN, tenant="many") for _ in range(500)}
-    few = {ferrum.submit(CHAIN, tenant="few") for _ in range(5)}
-    # As a worker takes them.
-    taken: list[str] = []
-    with app.connection_for_read() as connection, connection.channel() as channel:
-        while not few <= {*taken}:
-            taken.append(channel.basic_get("ferrum.task", no_ack=True).headers["id"].partition(".")[0])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_who_has_hundreds_of_runs_waiting_holds_up_nobody_who_has_five(
+    client: redis.Redis, fleet: Fleet, tmp_path: Path, steps: int
+) -> None:
+    log = tmp_path / "begun"
+    task = {"type": "task", "task": "user.effects", "input": {"log": str(log), "every_s": 0, "count": 1}}
+    work = flow({f"s{at}": {**task, "needs": [f"s{at - 1}"] if at else []} for at in range(steps)})
+    messages = Messages(client)
+    many = [ferrum.submit(work, tenant="many") for _ in range(200)]
+    few = [ferrum.submit(work, tenant="few") for _ in range(5)]
     # Eight runs of a tenant in a partition are served before its others, which come behind those of all tenants.
-    assert len(many.intersection(taken)) <= 8 * PARTITIONS
+    first = lanes_of_messages(client)["4"] - len(few)
+    assert 0 < first <= 8 * PARTITIONS
+    fleet.start_alone("-c", "1")
+    assert {ended(run_id).status for run_id in [*many, *few]} == {RunStatus.COMPLETED}
+    begun = [line.partition(".")[0] for line in log.read_text().splitlines()]
+    last = max(at for at, run_id in enumerate(begun) if run_id in few)
+    # Where but one thread works, a lane is never empty before its last step has ended.
+    assert last == (first + len(few)) * steps - 1
+    assert messages.sent() == messages_needed() == 205 * steps
+
+
+def test_queues_of_one_lane_are_served_in_turn(fleet: Fleet) -> None:
+    """Else steps of one type would hold up those of all others for as long as there are any."""
+    ask = flow({"s": {"type": "approval", "message": "go on?"}})
+    asks = [ferrum.submit(ask) for _ in range(40)]
+    tasks = [ferrum.submit(flow({"s": TASK})) for _ in range(40)]
+    fleet.start_alone("-c", "1")
+    begun = [eventually(lambda one=one: happened(one, "step.started"))[0] for one in (*asks, *tasks)]  # type: ignore[misc]
+    in_order = sorted(zip(begun, (*asks, *tasks), strict=True), key=lambda pair: pair[0].at)
+    first = [run_id for _, run_id in in_order[:40]]
+    # Within one, as two may begin in the same millisecond.
+    assert sum(run_id in asks for run_id in first) == pytest.approx(20, abs=1)

@@ -44,6 +44,32 @@ def begun(log: Path) -> int:
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
+@pytest.fixture
+def fleet(redis_url: str, tmp_path: Path) -> Fleet:
+    return Fleet(redis_url, tmp_path)
+
+
+def test_a_connection_that_goes_silent_is_given_up_and_made_anew(fleet: Fleet, redis_url: str, tmp_path: Path) -> None:
+    log = tmp_path / "begun"
+    with Proxy(redis_url) as proxy:
+        worker = fleet.start_alone(FERRUM_REDIS_URL=proxy.url)
+        try:
+            assert ended(ferrum.submit(three_times(log, 0))).status is RunStatus.COMPLETED
+            proxy.go_silent()
+            assert ended(ferrum.submit(three_times(log, 0))).status is RunStatus.COMPLETED
+            # And where nothing at all comes through for a while.
+            proxy.dead = True
+            proxy.go_silent()
+            run_id = ferrum.submit(three_times(log, 0))
+            time.sleep(3)
+            proxy.dead = False
+            proxy.cut()
+            assert ended(run_id).status is RunStatus.COMPLETED
+            assert worker.poll() is None
+        finally:
+            fleet.stop()
+
+
 @pytest.mark.parametrize("kind", REFUSALS)
 def test_what_redis_refuses_for_a_while_is_waited_for_by_all(
     worker: Fleet, redis_url: str, client: redis.Redis, tmp_path: Path, kind: str
@@ -160,11 +186,6 @@ def test_whom_redis_knew_before_is_waited_for_while_its_password_changes(client:
     client.acl_setuser("default", enabled=True, passwords="-another")
 
 
-@pytest.fixture
-def fleet(redis_url: str, tmp_path: Path) -> Fleet:
-    return Fleet(redis_url, tmp_path)
-
-
 def says(fleet: Fleet, what: str) -> int:
     """How often the first worker said so until now."""
     return fleet.log(0).read_text().count(what)
@@ -203,27 +224,6 @@ def test_a_worker_that_redis_does_not_let_in_does_not_start(fleet: Fleet, redis_
     worker = fleet.launch(FERRUM_REDIS_URL=redis_url.replace("unix://:", "unix://:not-", 1))
     assert worker.wait(PATIENCE_S) == 1
     assert says(fleet, "this worker cannot start: Redis does not let us in")
-
-
-def test_a_connection_that_goes_silent_is_given_up_and_made_anew(fleet: Fleet, redis_url: str, tmp_path: Path) -> None:
-    log = tmp_path / "begun"
-    with Proxy(redis_url) as proxy:
-        worker = fleet.start(FERRUM_REDIS_URL=proxy.url)
-        try:
-            assert ended(ferrum.submit(three_times(log, 0))).status is RunStatus.COMPLETED
-            proxy.go_silent()
-            assert ended(ferrum.submit(three_times(log, 0))).status is RunStatus.COMPLETED
-            # And where nothing at all comes through for a while.
-            proxy.dead = True
-            proxy.go_silent()
-            run_id = ferrum.submit(three_times(log, 0))
-            time.sleep(3)
-            proxy.dead = False
-            proxy.cut()
-            assert ended(run_id).status is RunStatus.COMPLETED
-            assert worker.poll() is None
-        finally:
-            fleet.stop()
 
 
 def test_beat_waits_for_a_redis_that_refuses_and_says_so_once(
