@@ -793,6 +793,14 @@ class Record(Connection):
         """This worker is alive, for so long by the clock of Redis."""
         Scripts(self._redis, 0).eval("workers/beat", _WORKERS, "", worker, us(for_s))
 
+    def is_old(self) -> bool:
+        """Whether this Redis is older than 7, and has not what workers take messages with."""
+        try:
+            self._patiently(lambda: self._redis.lmpop(1, "ferrum:nothing", direction="RIGHT"))
+        except ResponseError as error:
+            return str(error).lower().startswith("unknown command")
+        return False
+
     def other_store(self, identity: str, url: str, worker: str) -> str | None:
         """The URL of the artifact store that other workers have, where it is not this one; else this one is noted."""
         key, mine = "ferrum:artifact-store", _dumps({"id": identity, "url": url})

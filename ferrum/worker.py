@@ -94,8 +94,20 @@ class Sweeper:
             maybe_shutdown()
             time.sleep(0.2)
         self._away.over()
+        self._look_at_redis()
         self._share_the_store()
         self._every.start()
+
+    def _look_at_redis(self) -> None:
+        try:
+            is_old = self._executor.record.is_old()
+        except (Unavailable, redis.exceptions.RedisError) as error:
+            log.warning("whether this Redis is new enough is not known: %s", error)
+            return
+        if is_old:
+            self._executor.record.gone(self._executor.worker)
+            log.critical("this worker cannot start: its Redis has no LMPOP; ferrum needs Redis 7 or later, or Valkey")
+            raise WorkerShutdown(1)
 
     def _share_the_store(self) -> None:
         """Else what one worker keeps is not found by another, and each large value fails a step later."""

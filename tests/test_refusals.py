@@ -226,6 +226,21 @@ def test_a_worker_that_redis_does_not_let_in_does_not_start(fleet: Fleet, redis_
     assert says(fleet, "this worker cannot start: Redis does not let us in")
 
 
+class _Old(PrivateRedis):
+    """Without what came with Redis 7."""
+
+    def _config(self, data: Path) -> str:
+        return super()._config(data) + "rename-command LMPOP ''\n"
+
+
+def test_a_worker_whose_redis_is_older_than_7_does_not_start(fleet: Fleet, tmp_path: Path) -> None:
+    with _Old(tmp_path / "old") as server:
+        worker = fleet.launch(FERRUM_REDIS_URL=server.url)
+        assert worker.wait(PATIENCE_S) == 1
+    assert says(fleet, "this worker cannot start: its Redis has no LMPOP; ferrum needs Redis 7 or later, or Valkey")
+    assert not says(fleet, "Traceback")
+
+
 def test_beat_waits_for_a_redis_that_refuses_and_says_so_once(
     clean_redis: str, client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
