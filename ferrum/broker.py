@@ -192,6 +192,9 @@ _PAUSE_S: Final = 0.05
 #: How often a key is named that stands where a list belongs.
 _SAY_EVERY_S: Final = 30.0
 
+#: How long the rest of a broadcast that has begun to come may take; it holds up the loop.
+_REST_S: Final = 1.0
+
 #: What reading a connection gives for "one of your lists was written to".
 _WRITTEN: Final = object()
 
@@ -580,8 +583,9 @@ class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
     def _receive_one(self, c: Any) -> bool:
         # kombu lets what it cannot read end the loop over what has come with it, which then waits for more to come.
         try:
-            # Not waiting: a connection that was dropped meanwhile is made anew here, and nothing has come on it.
-            response = c.parse_response(block=False, timeout=0)
+            # Not waiting: a connection that was dropped meanwhile is made anew here, and nothing has come on it. But of
+            # what has begun to come the rest is on its way, and not to wait for that would be to drop the connection.
+            response = c.parse_response(block=False, timeout=_REST_S if _begun(c.connection) else 0)
         except self.connection_errors:
             self._in_listen = None
             raise
@@ -664,6 +668,12 @@ def _has_come(sock: Any) -> bool:
     look = select.poll()
     look.register(sock, select.POLLIN)
     return bool(look.poll(0))
+
+
+def _begun(connection: Any) -> bool:
+    """Whether something has come on a connection, be it the beginning of a message; never makes it anew."""
+    sock = getattr(connection, "_sock", None)
+    return sock is not None and (_has_come(sock) or bool(connection.can_read(timeout=0)))
 
 
 def _nothing() -> None:
