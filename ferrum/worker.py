@@ -166,7 +166,7 @@ class Sweeper:
     def _say_misplaced(self) -> None:
         """Now and then: what stands there is passed over, and only a person can tell whose it is."""
         if (now := time.monotonic()) >= self._look_from:
-            self._look_from = now + _LOOK_EVERY_S
+            self._look_from = now + min(_LOOK_EVERY_S, self._config.lease / 3)
             for wrong in self._executor.record.misplaced():
                 log.error("%s", wrong)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from preloading import forked
 
 from ferrum.errors import ToolError
 from ferrum.governance.acts import ToolCall
@@ -55,7 +56,8 @@ def repository(tmp_path: Path) -> Path:
 
 def _session(repository: Path, story: Callable[[_Ask], Any]) -> Any:
     """Run `story` with a way to call tools of one server for `repository`."""
-    text = json.dumps({"git": {"module": "ferrum.mcp.servers.git", "args": ["--repository", str(repository)]}})
+    server = {"module": "ferrum.mcp.servers.git", "args": ["--repository", str(repository)], "env": forked()}
+    text = json.dumps({"git": server})
 
     async def run() -> Any:
         router = Router(load_servers(Settings(mcp_servers=text), {}))

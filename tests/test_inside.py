@@ -18,7 +18,7 @@ from ferrum.errors import Conflict, NotFound, StepError
 from ferrum.governance.policy import Policy
 from ferrum.loop import LoopThread
 from ferrum.plan import Plan, _remembered
-from ferrum.record import MAX_SIGNALS, Claimed, Held, Record, Resend, Verdict, base_of, new_run_id
+from ferrum.record import _PARTITIONS, MAX_SIGNALS, Claimed, Held, Record, Resend, Verdict, base_of, new_run_id
 from ferrum.results import RunStatus, StepStatus, Usage
 from ferrum.scripts import Who
 from ferrum.steps import Attempt, step_types
@@ -50,6 +50,9 @@ def office(
     record = (Deaf if fare == FARES[1] else Record)(clean_redis)
     office = Office(record, loop, Artifacts(f"file://{tmp_path}"), mute=fare == FARES[2], deadly=fare == FARES[3])
     monkeypatch.setattr("ferrum.plan.step_types", lambda: {**step_types(), "act": office._type})
+    # Most of what is done here is to sweep, which costs by their number.
+    monkeypatch.setattr("ferrum.record.PARTITIONS", 2)
+    monkeypatch.setattr("ferrum.record._PARTITIONS", _PARTITIONS[:2])
     # A plan holds its step types, and with them the office of another test.
     _remembered.cache_clear()
     yield office
