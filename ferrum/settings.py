@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 
 #: An environment variable whose name has one of these in it, or such an end, holds a secret. `PWD` is a directory.
 _SECRET_NAME: Final = re.compile(
-    r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|AUTHORIZATION|(?:_|-)(?:PASS|PWD|AUTH)$|^(?:PASS|AUTH)$"
+    r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|AUTHORIZATION|COOKIE|CONNECTION_STRING"
+    r"|(?:_|-)(?:PASS|PWD|AUTH)$|^(?:PASS|AUTH)$"
 )
 
 
@@ -159,7 +160,16 @@ def read(environ: Mapping[str, str]) -> Settings:
         raise SettingsError("FERRUM_LEASE must be at least three times FERRUM_HEARTBEAT, or one late beat loses a step")
     if settings.redis_url is not None and (problem := _wrong_with_redis(settings.redis_url.get_secret_value())):
         raise SettingsError(f"FERRUM_REDIS_URL (or REDIS_URL){problem}")
-    return settings.model_copy(update={"home": settings.home.expanduser()})
+    return settings.model_copy(update={field: _expanded(settings, field) for field in ("home", "policy", "servers")})
+
+
+def _expanded(settings: Settings, field: str) -> Path | None:
+    """A path of the settings, where `~` is somebody's home. Raises `SettingsError` where that is nobody's."""
+    path: Path | None = getattr(settings, field)
+    try:
+        return path and path.expanduser()
+    except RuntimeError as error:
+        raise SettingsError(f"FERRUM_{field.upper()}: {str(path)!r} begins with the home of nobody here") from error
 
 
 def unknown(environ: Mapping[str, str]) -> list[str]:
@@ -255,10 +265,13 @@ def redact(text: str) -> str:
     """`text` with every secret of this process replaced by `***`.
 
     A secret is the value, of eight characters or more, of a variable whose name says so; the password of a URL, in
-    `text` or in a variable, as it is written and decoded; what follows `Bearer` or `Basic`; and what `hide` was told.
+    `text` or in a variable, as it is written and decoded; what an assignment, a connection string, a header or a field
+    of JSON gives to a name that says so; what follows `Bearer` or `Basic`; a key of a form that only keys have; and
+    what `hide` was told.
     """
     text = _TOKEN_IN_URL.sub("://***@", _PASSWORD_IN_URL.sub(r"\1***@", _SECRET_IN_QUERY.sub(r"\1***", text)))
-    text = _AUTHORIZATION.sub(r"\1***", text)
+    text = _HEADER.sub(r"\1***", _AUTHORIZATION.sub(r"\1***", text))
+    text = _KEY.sub("***", _FIELD.sub(r"\1***\2", _ASSIGNED.sub(r"\1***", text)))
     for secret in _secrets():
         text = text.replace(secret, "***")
     return text
@@ -292,6 +305,30 @@ _SECRET_IN_QUERY: Final = re.compile(
 )
 #: What a request shows itself by, as HTTP libraries print it.
 _AUTHORIZATION: Final = re.compile(r"\b((?:Bearer|Basic)\s{1,4})[\w.~+/=-]{16,}", re.IGNORECASE)
+_HEADER: Final = re.compile(
+    r"""\b((?:authorization|(?:x-)?(?:api-key|auth-token|access-token))["']?\s{0,3}[:=]\s{0,3}["']?"""
+    r"""(?:(?:bearer|basic|token|digest|apikey)\s{1,4})?)(?!(?:bearer|basic|token|digest|apikey)\s)"""
+    # A word of prose is none.
+    r"""(?=[^\s,;"'<>]{0,60}\d|[^\s,;"'<>]{12})[^\s,;"'<>*]{4,}""",
+    re.IGNORECASE,
+)
+#: Names of what is secret and nothing else: `token` alone counts words as often.
+_NAMES: Final = (
+    r"(?:password|passwd|passphrase|(?:api|access|account|private|shared_?access|secret)[_-]?key|client[_-]?secret|"
+    r"(?:auth|access|refresh|session|bearer)[_-]?token)"
+)
+#: `password=…`, as in the words that libpq or an Azure account are connected by.
+_ASSIGNED: Final = re.compile(
+    rf"""({_NAMES}\s{{0,3}}=\s{{0,3}})(?:'[^'\n]*'|"[^"\n]*"|[^\s,;&"'<>=*)]{{3,}}=*)""", re.IGNORECASE
+)
+#: `"password": "…"`, as JSON and Python print it.
+_FIELD: Final = re.compile(rf"""({_NAMES}["']\s{{0,3}}:\s{{0,3}}(["']))(?:\\.|(?!\2)[^\\\n])*\2""", re.IGNORECASE)
+#: Keys as providers make them, which nothing else looks like.
+_KEY: Final = re.compile(
+    r"\b(?:sk-(?=[\w-]{0,60}\d)|gh[pousr]_|github_pat_|glpat-|xox[abeprs]-|hf_|AIza|AKIA)[\w-]{16,200}"
+)
+#: The address of a proxy, which needs no scheme.
+_PROXY: Final = re.compile(r"[^\s/?#@:]*:([^\s]+)@[^\s@]+")
 
 #: What `hide` was told.
 _hidden: Final[set[str]] = set()
@@ -303,10 +340,25 @@ def _secrets() -> tuple[str, ...]:
     for name, value in os.environ.items():
         if len(value) >= 8 and says_secret(name):
             found.add(value)
-        found |= {password for password in passwords_in(value) if len(password) >= 8}
+        found |= {secret for secret in _inside(name, value) if len(secret) >= 8}
     for name in ("FERRUM_REDIS_URL", "REDIS_URL", "FERRUM_INDEXES"):
         found |= {password for password in _password_of(os.environ.get(name, "")) if len(password) >= 4}
     return tuple(sorted(found, key=len, reverse=True))
+
+
+def _inside(name: str, value: str) -> Iterator[str]:
+    """The secrets that the value of a variable holds among other things."""
+    yield from passwords_in(value)
+    yield from (match[0][3:-1] for match in _TOKEN_IN_URL.finditer(value))
+    for match in _ASSIGNED.finditer(value):
+        yield match[0].removeprefix(match[1]).strip("'\"")
+    if name.upper().endswith("_PROXY") and (proxy := _PROXY.fullmatch(value)):
+        yield from _forms(proxy[1])
+    if name.upper().endswith("_HEADERS"):
+        # As OpenTelemetry has them: `name=value,name=value`.
+        for one in value.split(","):
+            text = unquote(one.partition("=")[2]).strip()
+            yield from (text, text.rpartition(" ")[2])
 
 
 def _password_of(url: str) -> set[str]:

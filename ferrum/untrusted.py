@@ -34,6 +34,8 @@ _MOST_SOURCES, _LONGEST_SOURCE = 20, 200
 _LENGTH: Final = 16
 #: Who speaks in a conversation.
 _ROLES: Final = frozenset({"system", "user", "assistant"})
+#: Parts of a message that a model does not read as text.
+_SEEN: Final = frozenset({"image_url", "input_audio", "file"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +68,17 @@ class Marks:
     def _content(self, content: JsonValue, origin: str, found: _Found) -> JsonValue:
         if not isinstance(content, list):
             return self._marked(content, origin, found) or content
-        # Pictures stay what they are.
-        return [
-            {**part, "text": self._marked(part["text"], origin, found) or part["text"]}
-            if isinstance(part, dict) and isinstance(part.get("text"), str)
-            else part
-            for part in content
-        ]
+        return [self._part(part, origin, found) for part in content]
+
+    def _part(self, part: JsonValue, origin: str, found: _Found) -> JsonValue:
+        if isinstance(part, dict):
+            kind = part.get("type")
+            # Pictures and sounds stay what they are.
+            if isinstance(kind, str) and kind in _SEEN and part.keys() <= {"type", kind}:
+                return part
+            if kind == "text" and part.keys() <= {"type", "text"} and isinstance(part.get("text"), str):
+                return {"type": "text", "text": self._marked(part["text"], origin, found) or part["text"]}
+        return {"type": "text", "text": self._marked(part, origin, found) or json.dumps(part)}
 
     def marked(self, value: JsonValue, origin: str, found: JsonValue = None) -> str | None:
         """Return the text to write for a value that is from `origin`; `None` for what holds no text.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def test_everything_wrong_in_a_file_is_said_at_once_each_with_its_line(tmp_path:
     assert said == [
         "2:3: servers.git: give `command` (a program) or `module` (a Python module), and not both",
         "3:5: servers.git.comand: unknown key 'comand' (did you mean 'command'?)",
-        "4:5: servers.git.args: 80 must be text; put it in quotes",
+        "4:5: servers.git.args: this must be text; put it in quotes",
         "5:3: servers.Web: a server's name is made of a-z, 0-9, '_' and '-'",
         "8:5: servers.far.url: servers over HTTP are not there yet; give a `command` that is started here",
         "11:5: servers.twice.command: is there twice; keep one",
@@ -146,3 +147,10 @@ def test_everything_wrong_in_a_file_is_said_at_once_each_with_its_line(tmp_path:
 )
 def test_a_mistake_is_refused_with_what_to_do(text: str, said: str) -> None:
     assert said in _refusal(text)
+
+
+def test_a_password_of_digits_without_quotes_is_not_shown() -> None:
+    servers = {"shop": {"command": "x", "env": {"SHOP_TOKEN": 12345678}}}
+    with pytest.raises(SettingsError, match=r"env\.SHOP_TOKEN: this must be text; put it in quotes") as raised:
+        load_servers(Settings(mcp_servers=json.dumps(servers)), {})
+    assert "12345678" not in str(raised.value)

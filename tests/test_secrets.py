@@ -59,13 +59,58 @@ def test_a_variable_whose_name_says_so_in_short_is_secret(name: str) -> None:
         assert redact("correct-horse in /srv/a-directory") == "*** in /srv/a-directory"
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("host=db password=tiger7 user=u", "host=db password=*** user=u"),
+        ("host=db password = 'a b' user=u", "host=db password = *** user=u"),
+        ("AccountName=a;AccountKey=c2VjcmV0==;EndpointSuffix=x", "AccountName=a;AccountKey=***;EndpointSuffix=x"),
+        ("no entry: api_key=abcd1234, top=3", "no entry: api_key=***, top=3"),
+        ("https://h/#access_token=abc", "https://h/#access_token=***"),
+        ("{'X-Api-Key': 'abcd1234', 'Accept': 'text/plain'}", "{'X-Api-Key': '***', 'Accept': 'text/plain'}"),
+        ("Authorization: token abcd1234", "Authorization: token ***"),
+        ("Authorization: Bearer abcd1234", "Authorization: Bearer ***"),
+        ("""{"password": "it's \\"it", "user": "u"}""", '{"password": "***", "user": "u"}'),
+        ("Incorrect API key provided: sk-proj-abcdefghijklmnop1234", "Incorrect API key provided: ***"),
+        # Nothing of this is one.
+        ("authorization: denied, tokens=150, total_tokens=5", "authorization: denied, tokens=150, total_tokens=5"),
+        ("input.password == 'x', password: must be text", "input.password == 'x', password: must be text"),
+        ('{"password": {"type": "string"}}', '{"password": {"type": "string"}}'),
+        ("risk-averse-decision-making-takes-time-and-patience", "risk-averse-decision-making-takes-time-and-patience"),
+    ],
+)
+def test_what_is_given_to_a_name_that_says_so_is_blanked(text: str, said: str) -> None:
+    assert redact(text) == said
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "secret"),
+    [
+        ("HTTPS_PROXY", "ada:correct-horse@proxy:3128", "correct-horse"),
+        ("all_proxy", "ada:correct%2Fhorse@proxy:3128", "correct/horse"),
+        ("SHOP_DB", "host=db user=u password='correct horse'", "correct horse"),
+        ("SHOP_DB", "AccountName=a;AccountKey=Y29ycmVjdGhvcnNl==;EndpointSuffix=x", "Y29ycmVjdGhvcnNl=="),
+        ("AZURE_STORAGE_CONNECTION_STRING", "correct-horse", "correct-horse"),
+        ("SESSION_COOKIE", "correct-horse", "correct-horse"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "a=b,authorization=Basic%20Y29ycmVjdA==", "Y29ycmVjdA=="),
+        ("SENTRY_DSN", "https://0123456789abcdef0123456789abcdef@sentry/1", "0123456789abcdef0123456789abcdef"),
+    ],
+)  # fmt: skip
+def test_a_secret_that_a_variable_holds_among_other_things_is_blanked(name: str, value: str, secret: str) -> None:
+    with environment({name: value}):
+        assert redact(f"refused: {secret}!") == "refused: ***!"
+
+
 def test_blanking_takes_time_in_step_with_the_text() -> None:
     def seconds(size: int, pattern: str) -> float:
         began = time.process_time()
         redact(pattern * (size // len(pattern)))
         return time.process_time() - began
 
-    for pattern in ("://", "://a:", "://a:b", "?token", "a", ":@", "?", "Bearer ", "bearer a", "?key"):
+    for pattern in (
+        "://", "://a:", "://a:b", "?token", "a", ":@", "?", "Bearer ", "bearer a", "?key", "password='", "password=",
+        'password":"', "sk-", "sk-a", "Authorization: token ",
+    ):  # fmt: skip
         once = max(seconds(250_000, pattern) for _ in range(2))
         assert seconds(1_000_000, pattern) < 16 * max(once, 0.01), pattern
 

@@ -156,3 +156,9 @@ def test_a_worker_says_what_is_wrong_with_its_servers_in_one_sentence(redis_url:
     said = fleet.log(0).read_text()
     assert "this worker cannot start: FERRUM_MCP_SERVERS:1" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("variable", ["FERRUM_HOME", "FERRUM_POLICY", "FERRUM_SERVERS"])
+def test_the_home_of_nobody_is_told_in_a_sentence(variable: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{variable}: '~nobody-here/x' begins with the home of nobody here$"):
+        read({variable: "~nobody-here/x"})

@@ -282,7 +282,8 @@ class _Reader:
 
     def _text(self, path: _Path, raw: Any, *, empty: bool = False) -> str:
         if not isinstance(raw, str):
-            self._wrong(path, f"{raw!r} must be text; put it in quotes")
+            # Without the value, which may be a password of digits.
+            self._wrong(path, "this must be text; put it in quotes")
             return ""
         if "\0" in raw or not (raw or empty):
             self._wrong(path, "this must not be empty" if not raw else "this must not hold a NUL character")
