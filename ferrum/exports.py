@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FunctionType, ModuleType
 from typing import Any, Final
 
@@ -39,3 +39,14 @@ def function_of(value: object) -> Callable[..., Any] | None:
             return None
         found = found.__ferrum_function__
     return None
+
+
+def addresses_of(function: Callable[..., Any], modules: Iterable[ModuleType]) -> list[str]:
+    """All names by which these modules export a function, and the one that it was defined under."""
+    found = [
+        f"{module.__name__}:{name}"
+        for module in modules
+        for name in exported_names(module)
+        if function_of(getattr(module, name, None)) is function
+    ]
+    return list(dict.fromkeys([f"{function.__module__}:{function.__name__}", *found]))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 from importlib import import_module
 from inspect import isawaitable
+from types import ModuleType
 from typing import Any
 
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError, field_validator, model_validator
 
 from ferrum.errors import StepError, TaskError, did_you_mean
-from ferrum.exports import exported_names, function_of, is_address
+from ferrum.exports import addresses_of, exported_names, function_of, is_address
 from ferrum.governance.acts import TaskCall
 from ferrum.loop import Interrupted, is_cancelled, is_terminated, raised
 from ferrum.settings import settings
@@ -56,7 +58,11 @@ class Task(StepType[TaskParams]):
     foreign = True
 
     def act(self, params: TaskParams) -> TaskCall:
-        return TaskCall(name=params.task or params.function or "", arguments=params.input)
+        return TaskCall(
+            name=params.task or params.function or "",
+            arguments=params.input,
+            known_as=() if params.function is None else _names(params.function),
+        )
 
     def run(self, params: TaskParams, attempt: Attempt) -> Any:
         name = params.task or params.function or ""
@@ -102,7 +108,7 @@ def _function(name: str) -> Callable[..., object]:
         found: Any = import_module(module)
     except ImportError as error:
         raise StepError(f"this worker cannot import {module!r}: {error}") from error
-    known = exported_names(found)
+    known = [one for one in exported_names(found) if function_of(getattr(found, one, None))]
     work = function_of(getattr(found, path, None))
     if work is None:
         hint = did_you_mean(path, known)
@@ -120,6 +126,16 @@ def _function(name: str) -> Callable[..., object]:
             " does not name"
         )
     return work
+
+
+def _names(name: str) -> tuple[str, ...]:
+    """All names of the function at this address, for a policy may speak of any; none where there is no such one."""
+    try:
+        function = _function(name)
+    except StepError:
+        return ()
+    ours = [module for one, module in [*sys.modules.items()] if isinstance(module, ModuleType) and _is_named(one)]
+    return tuple(addresses_of(function, ours))
 
 
 def _is_named(module: str) -> bool:

@@ -84,6 +84,29 @@ def test_a_function_is_decided_on_by_its_module_and_name(fleet: Fleet, tmp_path:
     )
 
 
+def test_what_denies_a_function_holds_by_whichever_of_its_names_it_is_called(fleet: Fleet) -> None:
+    """`with_all` exports it too, and `flow_steps` defines it."""
+    run = ended(ferrum.submit(workflow(function="flow_steps:words", input={"text": "a b"})))
+    assert (run.status, happened(run.run_id, "act.decided")[0].rule) == (
+        RunStatus.POLICY_BLOCKED,
+        "deny[0] task:with_all:words",
+    )
+
+
+def test_what_is_allowed_of_a_function_is_only_the_name_that_is_said() -> None:
+    with environment({"FERRUM_IMPORTS": "flow_steps,with_all"}):
+        run = run_inline(
+            workflow(function="with_all:words", input={"text": "a"}), policy={"allow": ["task:flow_steps:*"]}
+        )
+        assert run.status is RunStatus.POLICY_BLOCKED
+        asked = {"allow": ["task:*"], "ask": ["task:flow_steps:words"]}
+        run = run_inline(
+            workflow(function="with_all:words", input={"text": "a"}), policy=asked, approvals=lambda _: True
+        )
+        assert run.status is RunStatus.COMPLETED
+        run.assert_happened("act.decided", "a", effect="ask", rule="ask[0] task:flow_steps:words")
+
+
 @pytest.mark.parametrize(
     ("function", "why"),
     [

@@ -154,10 +154,16 @@ class TaskCall(Act[Reply]):
     #: The name that the task is registered under, or `module:function`.
     name: str
     arguments: dict[str, JsonValue] | list[JsonValue]
+    #: The other names of the same function. What is sent, and a person's yes, are the same by each of them.
+    known_as: tuple[str, ...] = Field(default=(), exclude=True)
 
     @property
     def target(self) -> str:
         return self.name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.known_as)
 
 
 class InputFile(BaseModel):
