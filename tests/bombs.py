@@ -283,7 +283,7 @@ while time.monotonic() < deadline: time.sleep(0.01)
 import signal
 for number in signal.valid_signals():
     did(os.kill, 1, number)
-time.sleep(0.1)
+time.sleep(1)
 """,
         WhyEnded.OK,
         Without(
