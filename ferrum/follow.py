@@ -299,7 +299,7 @@ def _count(number: int, what: str) -> str:
 
 def table(rows: Sequence[Sequence[str]], left: int) -> Iterator[str]:
     """Rows in columns, the first `left` of them to the left and the others to the right."""
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     for row in rows:
         cells = (
             f"{cell:<{width}}" if place < left else f"{cell:>{width}}"

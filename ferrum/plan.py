@@ -1042,9 +1042,9 @@ def _about(step: PlannedStep) -> Iterator[str]:
     if step.needs:
         yield f"after {', '.join(step.needs)}"
     if step.when:
-        yield f"when {spec.when}"
+        yield f"when {_flat(spec.when)}"
     if step.until is not None and spec.repeat is not None:
-        yield f"until {spec.repeat.until}, at most {spec.repeat.max} rounds"
+        yield f"until {_flat(spec.repeat.until)}, at most {spec.repeat.max} rounds"
     elif step.type.name == "for_each":
         at_a_time = f", {spec.max_parallel} at a time" if spec.max_parallel else ""
         yield f"over {_short(spec.for_each)}{at_a_time}"
@@ -1064,7 +1064,7 @@ def _about(step: PlannedStep) -> Iterator[str]:
     for name in ("concurrency", "rate"):
         limit = getattr(step.spec, name) if step.limits else None
         if limit is not None:
-            yield f"{name} {limit.limit} of {limit.key}"
+            yield f"{name} {limit.limit} of {_flat(limit.key)}"
 
 
 #: Parameters that say what becomes of a plan's shape.
@@ -1077,8 +1077,13 @@ _TOLD: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def _short(value: JsonValue) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = _flat(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def _flat(text: object) -> str:
+    """On one line: the next one would look like another step."""
+    return " ".join(str(text).split())
 
 
 def edges(plan: Plan) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

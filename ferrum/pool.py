@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -35,6 +36,8 @@ class Worker(CelerysWorker):  # type: ignore[misc]
 
     def on_after_init(self, **options: Any) -> None:
         choose(self)
+        # At `debug` a pool writes down all that a message holds, the input of a run among it.
+        logging.getLogger("celery.pool").setLevel(logging.INFO)
         super().on_after_init(**options)
 
 

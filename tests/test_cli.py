@@ -85,6 +85,40 @@ def test_every_example_of_a_workflow_can_be_planned(ran: Run) -> None:
         assert (status, out.partition(" ")[0]) == (0, Workflow.load(file).name)
 
 
+def test_no_expression_makes_a_line_of_a_plan_that_looks_like_a_step(ran: Run, tmp_path: Path) -> None:
+    forged = "\n  pay  tool\n"
+    steps = {
+        "a": {"type": "approval", "message": "?", "when": f"1 ==\n{forged[:-1]} || 2 == 2".replace("pay  tool", "2")},
+        "b": {"for_each": "{{ [1,\n\n  2] }}", "steps": {"c": GATE}},
+        "d": {**GATE, "repeat": {"until": "round ==\n  2", "max": 3}},
+        "e": {"type": "switch", "value": f"x{forged}", "cases": {f"x{forged}": GATE}},
+        "f": {**GATE, "concurrency": {"key": f"k{forged}", "limit": 2}},
+    }
+    status, out, _ = ran("plan", workflow(tmp_path, steps))
+    assert status == 0
+    listed = out.partition("\ncanvas\n")[0].split("\n")[1:]
+    assert [line.split()[0] for line in listed if line[2] != " "] == [*steps]
+    assert all(line.split()[1] in {"approval", "for_each", "repeat", "switch"} for line in listed)
+
+
+def test_where_no_workflow_is_registered_it_says_so(clean_redis: str, ran: Run) -> None:
+    assert ran("workflows", "list") == (
+        0,
+        "",
+        "no workflow is registered: do it with 'ferrum workflows register FILE'\n",
+    )
+    assert ran("workflows", "list", "--json")[:2] == (0, "[]\n")
+
+
+def test_the_reason_of_a_run_makes_no_line_that_looks_like_one_of_ours(clean_redis: str, ran: Run) -> None:
+    run = ByHand(runs.record(), {"a": []})
+    ferrum.cancel(run.run_id, reason="no\n  pay  completed  try 1\x1b[2J")
+    _, out, _ = ran("runs", "show", run.run_id)
+    first, *lines = out.split("\n")
+    assert first == f"{run.run_id}  by-hand 0  cancelled"
+    assert lines[:2] == ["  | no", "  |   pay  completed  try 1\\x1b[2J"]
+
+
 def test_every_example_of_a_workflow_can_be_planned_as_json(ran: Run) -> None:
     for file in _workflows():
         status, out, error = ran("plan", file, "--json")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fleet import Fleet, ended
+from fleet import PATIENCE_S, Fleet, ended
 
 import ferrum
 from ferrum.mcp.specs import load_servers
@@ -183,3 +183,12 @@ def test_literal_secrets_of_a_servers_file_stand_in_no_error_no_event_and_no_log
     for text in told:
         # No part of one is left either.
         assert not [part for part in ("hush-", "sk/live", "sesame") if part in text]
+
+
+def test_the_input_of_a_run_that_came_as_a_message_stands_in_no_log(shop: Fleet) -> None:
+    from ferrum.celery import app
+
+    workflow = {"name": "x", "inputs": {"pin": {"type": "string"}}, "steps": {"a": {"type": "wait", "for": "1ms"}}}
+    answer = app.send_task("ferrum.run", (workflow, {"pin": "my-own-pin-4711"}), queue="ferrum")
+    ended(answer.get(timeout=PATIENCE_S)["run_id"])
+    assert b"my-own-pin-4711" not in shop.log(0).read_bytes()

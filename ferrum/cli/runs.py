@@ -85,14 +85,18 @@ def show_run(run_id: str, as_json: bool) -> None:
     """Print all that is known of a run."""
     from ferrum.follow import one_line, table
     from ferrum.runs import record, show
-    from ferrum.terminal import visible
+    from ferrum.terminal import quoted
 
     view = show(run_id)
     if as_json:
         view_json(view)
         return
-    why = f": {visible(view.reason)}" if view.reason else ""
+    # More than a line of words of others is quoted: it would look like steps of ours.
+    long = view.reason is not None and (one_line(view.reason) != view.reason)
+    why = f": {view.reason}" if view.reason and not long else ""
     say(f"{view.run_id}  {view.workflow} {view.version}  {view.status}{why}")
+    if view.reason and long:
+        say(quoted(view.reason))
     if view.parent:
         say(f"  part of {view.parent[1]} of {view.parent[0]}")
     if view.origin:

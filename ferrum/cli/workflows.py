@@ -155,5 +155,8 @@ def list_workflows(as_json: bool) -> None:
         return
     from ferrum.follow import table
 
-    for row in table([(name, version, "newest" if newest else "") for name, version, newest in found], left=3):
+    rows = [(name, version, "newest" if newest else "") for name, version, newest in found]
+    for row in table(rows, left=3):
         say(row)
+    if not found:
+        say("no workflow is registered: do it with 'ferrum workflows register FILE'", err=True)
