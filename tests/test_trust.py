@@ -233,12 +233,27 @@ def _link_to_open(home: Path) -> None:
     home.symlink_to(real)
 
 
+def _link_by_way_of_open(home: Path) -> None:
+    """Where it leads to now is ours, and others may let it lead elsewhere."""
+    real, way = home.parent.parent / "real", home.parent.parent / "way"
+    home.rename(real)
+    way.mkdir()
+    way.chmod(0o777)
+    (way / "on").symlink_to(real)
+    home.symlink_to(Path("..", "way", "on"))
+
+
+def _link_to_itself(home: Path) -> None:
+    home.rename(home.parent / "real")
+    home.symlink_to(home)
+
+
 @root
 @pytest.mark.parametrize(
     "spoil",
     [
         _open_to_all, _sticky, _below_open_to_all, _of_a_group, _planted, _below_someone_elses,
-        _link_of_someone_else, _link_to_open,
+        _link_of_someone_else, _link_to_open, _link_by_way_of_open, _link_to_itself,
     ],
 )  # fmt: skip
 def test_a_home_that_others_may_have_written_is_refused(tmp_path: Path, spoil: object) -> None:
@@ -266,6 +281,13 @@ def test_a_home_below_a_place_that_is_sticky_is_ours(tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     (tmp_path / "tmp").chmod(0o1777)
     assert own(tmp_path / "tmp" / "home", make=True) == tmp_path / "tmp" / "home"
+
+
+def test_marks_that_others_may_give_another_name_are_no_trust(place: Path, settings: Settings) -> None:
+    trusted(place, settings)
+    (settings.home / "trusted").chmod(0o777)
+    with pytest.raises(Unavailable, match=r"trusted' cannot be trusted: others may write to"):
+        load_policy(settings)
 
 
 @root

@@ -24,13 +24,22 @@ def own(home: Path, *, make: bool = False) -> Path:
     home = home.absolute()
     if make:
         _make(home)
-    for path in (*reversed(home.parents), home):
-        if (problem := _problem(path, last=path == home)) is not None:
-            raise Unavailable(f"the home {str(home)!r} cannot be trusted: {problem}; {_REMEDY}")
-    # Where links lead to, too; `resolve` leaves none.
-    if (resolved := home.resolve()) != home:
-        own(resolved)
-    return home
+    place, followed = home, 0
+    while True:
+        link = None
+        for path in (*reversed(place.parents), place):
+            if (problem := _problem(path, last=path == place)) is not None:
+                raise Unavailable(f"the home {str(place)!r} cannot be trusted: {problem}; {_REMEDY}")
+            if path.is_symlink():
+                link = path
+                break
+        if link is None:
+            return home
+        # One link after the other: each lies in a directory of its own, where others may put another one.
+        followed += 1
+        if followed > _MOST_LINKS:
+            raise Unavailable(f"the home {str(home)!r} cannot be trusted: its links have no end; {_REMEDY}")
+        place = link.parent / link.readlink() / place.relative_to(link)
 
 
 def read_own(path: Path) -> bytes | None:
@@ -54,6 +63,8 @@ def read_own(path: Path) -> bytes | None:
         os.close(descriptor)
 
 
+#: As many as Linux follows.
+_MOST_LINKS = 40
 _REMEDY = "remove it, or name a directory that only you can write to with FERRUM_HOME"
 
 

@@ -50,7 +50,10 @@ class Found:
 
     def trusted(self, home: Path) -> bool:
         """Tell if somebody has seen it as it is now. Raises `Unavailable` for a home that others may have written."""
-        return read_own(_mark(own(home), self)) is not None
+        mark = _mark(own(home), self)
+        # Where others may write, they may give a mark of ours another name.
+        own(mark.parent)
+        return read_own(mark) is not None
 
     def trust(self, home: Path) -> None:
         """Remember it as it is now. Raises `Unavailable` where the home cannot be written."""
