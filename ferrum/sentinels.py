@@ -38,15 +38,18 @@ class Watched:
 
 def watched(url: str) -> Watched | None:
     """The Redis that this URL names, where it names sentinels; `None` for other schemes. Raises `ValueError`."""
-    parts = urlsplit(url)
-    if parts.scheme != "sentinel":
+    scheme, _, rest = url.partition("://")
+    if scheme.lower() != "sentinel":
         return None
-    given, at, hosts = parts.netloc.rpartition("@")
+    # By hand: for `urlsplit` several hosts with an IPv6 address among them are none, in newer versions of Python.
+    place, _, query = rest.partition("?")
+    netloc, _, path = place.partition("/")
+    given, at, hosts = netloc.rpartition("@")
     username, _, password = given.partition(":")
-    options = {name: values[-1] for name, values in parse_qs(parts.query, strict_parsing=bool(parts.query)).items()}
+    options = {name: values[-1] for name, values in parse_qs(query, strict_parsing=bool(query)).items()}
     if options.keys() - _OPTIONS:
         raise ValueError(f"unknown: {', '.join(options.keys() - _OPTIONS)}")
-    master, _, db = parts.path.removeprefix("/").partition("/")
+    master, _, db = path.partition("/")
     if not master:
         raise ValueError("without the name of a master")
     return Watched(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -246,6 +247,8 @@ def test_beat_waits_for_a_redis_that_refuses_and_says_so_once(
 ) -> None:
     from ferrum.celery import app
 
+    # Whatever level another test's worker has left to the root.
+    caplog.set_level(logging.WARNING, "ferrum.schedules")
     beat = Beat(app=app, lazy=True)
     with REFUSALS["READONLY"](client):
         for _ in range(2):

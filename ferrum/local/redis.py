@@ -268,12 +268,12 @@ def celery_url(url: str) -> str:
     checked unless it is said that they are not; Celery refuses to have that unsaid. Of several
     sentinels the first stays.
     """
-    parts = urlsplit(url)
     if found := watched(url):
         # All of them our broker knows by itself; Celery's URL of them has no place for the master's name.
-        (host, port), given = found.sentinels[0], parts.netloc.rpartition("@")[0]
+        (host, port), given = found.sentinels[0], url.partition("://")[2].partition("/")[0].rpartition("@")[0]
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         return f"sentinel://{given}@{address}/{found.db}" if given else f"sentinel://{address}/{found.db}"
+    parts = urlsplit(url)
     query = parse_qs(parts.query)
     user, _, password = parts.netloc.rpartition("@")[0].partition(":")
     user = quote(query.pop("username", [unquote(user)])[0], safe="")
