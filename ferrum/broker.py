@@ -306,7 +306,8 @@ class QoS(kombu_redis.QoS):  # type: ignore[misc] # kombu is untyped
         keys = [self.unacked_key, self.unacked_index_key, listed]
         push = "LPUSH" if leftmost else "RPUSH"
         idle = "" if idle_s is None else idle_s
-        return bool(self.channel.run(_PUT_BACK, keys, [tag, _delivered_again(_text_of(noted)), push, idle]))
+        again = _delivered_again(_text_of(noted), counted=idle_s is not None)
+        return bool(self.channel.run(_PUT_BACK, keys, [tag, again, push, idle]))
 
 
 class Channel(_Keys, kombu_redis.Channel):  # type: ignore[misc]
@@ -926,7 +927,7 @@ def _text_of(noted: bytes) -> bytes:
     return rest[int(length) :]
 
 
-def _delivered_again(raw: bytes) -> bytes:
-    """The message, marked as one that was delivered before and how often; what is no message stays as it is."""
+def _delivered_again(raw: bytes, *, counted: bool) -> bytes:
+    """The message, marked as one that was delivered before; what is no message stays as it is."""
     text = messages.decoded(raw)
-    return raw if isinstance(text, messages.Refused) else messages.delivered_again(text).encode()
+    return raw if isinstance(text, messages.Refused) else messages.delivered_again(text, counted=counted).encode()

@@ -154,16 +154,20 @@ def failed(message: Mapping[str, Any], error: Exception, tasks: Collection[str])
     return _refused(wrong, message["headers"], tasks)
 
 
-def delivered_again(text: str) -> str:
-    """A message that goes back to its queue, marked as that and how often; what is no message stays as it is."""
+def delivered_again(text: str, *, counted: bool = True) -> str:
+    """A message that goes back to its queue, marked as that; what is no message stays as it is.
 
-    def count(message: dict[str, Any]) -> None:
+    It is `counted` where its worker is gone: one that lives may put it back often, as its connection was cut.
+    """
+
+    def mark(message: dict[str, Any]) -> None:
         info = message["properties"]["delivery_info"]
-        times = info.get("deliveries", 1)
-        info["deliveries"] = times + 1 if type(times) is int and 0 < times < 10**6 else 2
         info["redelivered"] = True
+        if counted:
+            times = info.get("deliveries", 1)
+            info["deliveries"] = times + 1 if type(times) is int and 0 < times < 10**6 else 2
 
-    return _changed(text, count)
+    return _changed(text, mark)
 
 
 def renewed(text: str) -> str:

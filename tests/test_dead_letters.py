@@ -131,6 +131,19 @@ def test_an_id_that_would_steer_a_terminal_never_reaches_the_log(worker: Fleet, 
     assert not {"\x1b]", "\x07", "\u202e"} & set(log)
 
 
+def test_an_answer_that_is_there_stays_whatever_becomes_of_a_later_message(
+    worker: Fleet, no_letters: None, client: redis.Redis
+) -> None:
+    done = a_run()
+    client.lpush("ferrum", json.dumps(done))
+    answer = _answer(client, done["headers"]["id"])
+    assert answer.keys() == {"run_id"}
+    done["properties"]["delivery_info"]["deliveries"] = messages.MAX_DELIVERIES + 1
+    client.lpush("ferrum", json.dumps(done))
+    _letter(done["headers"]["id"])
+    assert _answer(client, done["headers"]["id"]) == answer
+
+
 def test_a_dropped_message_is_listed_shown_replayed_and_deleted(
     worker: Fleet, no_letters: None, client: redis.Redis, capsys: pytest.CaptureFixture[str]
 ) -> None:

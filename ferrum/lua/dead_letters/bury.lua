@@ -17,8 +17,8 @@ while count > 1 and (count > tonumber(ARGV[8]) or held > tonumber(ARGV[9])) do
   redis.call('XDEL', list, oldest)
   count = count - 1
 end
-if ARGV[10] ~= '' then
-  redis.call('SET', ARGV[10], ARGV[11], 'EX', ARGV[12])
+-- An answer that is there stays: the message was done before, or is not from whom it says.
+if ARGV[10] ~= '' and redis.call('SET', ARGV[10], ARGV[11], 'EX', ARGV[12], 'NX') then
   redis.call('PUBLISH', ARGV[10], ARGV[11])
 end
 if ARGV[15] ~= '' then
