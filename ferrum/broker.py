@@ -663,7 +663,7 @@ class Poller(kombu_redis.MultiChannelPoller):  # type: ignore[misc]
 
 
 def _has_come(sock: Any) -> bool:
-    """Whether a socket has something to read: not what was read from it before the question, and waits for a turn."""
+    """Tell whether a socket has something to read; what was read from it before, and waits for a turn, is not it."""
     if sock is None:
         return False
     look = select.poll()
@@ -672,7 +672,7 @@ def _has_come(sock: Any) -> bool:
 
 
 def _begun(connection: Any) -> bool:
-    """Whether something has come on a connection, be it the beginning of a message; never makes it anew."""
+    """Tell whether something has come on a connection, be it the beginning of a message; never make it anew."""
     sock = getattr(connection, "_sock", None)
     return sock is not None and (_has_come(sock) or bool(connection.can_read(timeout=0)))
 

@@ -794,7 +794,7 @@ class Record(Connection):
         Scripts(self._redis, 0).eval("workers/beat", _WORKERS, "", worker, us(for_s))
 
     def is_old(self) -> bool:
-        """Whether this Redis is older than 7, and has not what workers take messages with."""
+        """Tell whether this Redis is older than 7: it lacks the command that takes messages."""
         try:
             self._patiently(lambda: self._redis.lmpop(1, "ferrum:nothing", direction="RIGHT"))
         except ResponseError as error:

@@ -108,7 +108,7 @@ class Project:
         (self.home / name).write_text(text, encoding="utf-8")
 
     def pytest(self, *options: str, passes: int, forked: bool = True, **environ: str) -> str:
-        """What pytest prints of all tests here, once it has been seen that so many passed and none failed.
+        """Run all tests here: the output of pytest, once it is checked that so many passed and none failed.
 
         Unless `forked` is false it, and what it starts, are forks of a process that has imported everything.
         """

@@ -59,7 +59,7 @@ def submitted(steps: dict[str, Any] | None = None) -> str:
 
 
 def said(answers: Any) -> str:
-    """What the record says, which is one answer."""
+    """The one answer, which is the record's."""
     [answer] = answers
     return str(answer[RECORD])
 

@@ -234,7 +234,7 @@ def _link_to_open(home: Path) -> None:
 
 
 def _link_by_way_of_open(home: Path) -> None:
-    """Where it leads to now is ours, and others may let it lead elsewhere."""
+    """Others may let the link lead elsewhere, though it leads to a place of ours now."""
     real, way = home.parent.parent / "real", home.parent.parent / "way"
     home.rename(real)
     way.mkdir()
