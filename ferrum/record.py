@@ -47,7 +47,7 @@ from ferrum.events import Event, RunCreated, RunEnded, RunState, StepWaiting, fo
 from ferrum.governance.budget import counters
 from ferrum.refusals import misplaced
 from ferrum.results import RunStatus, StepStatus, Usage
-from ferrum.scripts import BLOCK_S, TIMEOUT_S, Connection, Scripts, us
+from ferrum.scripts import BLOCK_S, TIMEOUT_S, Connection, Scripts, known, us
 from ferrum.untrusted import Marks
 
 #: Fixed: a run's partition is part of its id, and every process must agree on it.
@@ -736,7 +736,7 @@ class Record(Connection):
         pipe = self._redis.pipeline(transaction=False)
         pipe.time()
         pipe.zrange(_DIED, -_DEATHS, -1, withscores=True)
-        clock, deaths = _known(pipe.execute(raise_on_error=False))
+        clock, deaths = known(pipe.execute(raise_on_error=False))
         rule = {
             "few": POISON, "many": MAX_LOST, "within": round(POISON_WITHIN_S * 1000),
             "deaths": [[worker, round(at)] for worker, at in deaths],
@@ -746,7 +746,7 @@ class Record(Connection):
         ]  # fmt: skip
         # Not patiently: when Redis was away, whose leases ran out is to be thought over first.
         answers = Scripts(self._redis, 0, folder="").eval_each("sweep", _PARTITIONS, *arguments, pass_over=True)
-        replies = [reply for reply in _known(answers) if reply]
+        replies = [reply for reply in answers if reply]
         self._note_deaths({name for reply in replies for name in reply[2]}, int(clock[0]) * 1000)
         waits = [int(reply[1]) / 1000 for reply in replies if reply[1] != ""]
         return Swept(tuple(one for reply in replies for one in _sends(reply[0])), min(waits, default=None))
@@ -758,11 +758,11 @@ class Record(Connection):
             pipe.zadd(_DIED, dict.fromkeys(workers, now_ms), nx=True)
             pipe.zremrangebyrank(_DIED, 0, -_DEATHS - 1)
             pipe.expire(_DIED, round(2 * POISON_WITHIN_S))
-            _known(pipe.execute(raise_on_error=False))
+            known(pipe.execute(raise_on_error=False))
 
     def holding(self) -> list[Holding]:
         """What steps that wait for their parts hold of all that runs share; those that have ended are told once."""
-        replies = _known(Scripts(self._redis, 0, folder="").eval_each("holding", _PARTITIONS, "", pass_over=True))
+        replies = Scripts(self._redis, 0, folder="").eval_each("holding", _PARTITIONS, "", pass_over=True)
         return [
             Holding(flat[i], flat[i + 1], flat[i + 2], flat[i + 3], flat[i + 4] == "1")
             for flat in replies
@@ -1182,14 +1182,6 @@ def _who_is(state: str) -> str:
 
 def _ended(reply: list[Any]) -> Ended:
     return Ended(_sends(reply[2]), bool(reply[1]))
-
-
-def _known(answers: list[Any]) -> list[Any]:
-    """The answers of Redis, where an empty list stands for one of a key of another kind. Raises other errors."""
-    for answer in answers:
-        if isinstance(answer, Exception) and not misplaced(answer):
-            raise answer
-    return [[] if isinstance(answer, Exception) else answer for answer in answers]
 
 
 def _sends(flat: list[Any]) -> tuple[Resend, ...]:

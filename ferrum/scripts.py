@@ -124,7 +124,7 @@ class Scripts:
     ) -> list[Any]:
         """Run the script for each of these bases, in one round trip. Raises `Unavailable`.
 
-        With `pass_over`, the error of one that has a key of another kind is its answer.
+        With `pass_over`, an empty list is the answer of one that has a key of another kind.
         """
         script = _script(self._folder, name)
 
@@ -133,20 +133,16 @@ class Scripts:
             pipe = self._redis.pipeline(transaction=False)
             for key_base in key_bases:
                 pipe.evalsha(script.sha, 1, key_base, *arguments)
-            answers = pipe.execute(raise_on_error=not pass_over)
-            for answer in answers:
-                if isinstance(answer, Exception) and not misplaced(answer):
-                    raise answer
-            return answers
+            return known(pipe.execute(raise_on_error=not pass_over))
 
-        def known() -> list[Any]:
+        def loaded() -> list[Any]:
             try:
                 return once()
             except redis.exceptions.NoScriptError:
                 self._redis.script_load(script.text)
                 return once()
 
-        return self.patiently(known)
+        return self.patiently(loaded)
 
     def patiently(self, call: Callable[[], _T]) -> _T:
         """Make the call once Redis answers and takes it. Raises `Unavailable` when it does not for too long.
@@ -168,6 +164,14 @@ class Scripts:
             else:
                 self._let_in = True
                 return answer
+
+
+def known(answers: list[Any]) -> list[Any]:
+    """The answers of Redis, where an empty list stands for one of a key of another kind. Raises other errors."""
+    for answer in answers:
+        if isinstance(answer, Exception) and not misplaced(answer):
+            raise answer
+    return [[] if isinstance(answer, Exception) else answer for answer in answers]
 
 
 def unavailable(error: BaseException) -> Unavailable:
